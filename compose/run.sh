@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# The demo's job over a local S3 server: wheels, images, the job, and what came out.
+#
+#   bash compose/run.sh            # after `make demo`, whose corpus and model it uses
+#   bash compose/run.sh --build    # only make the images
+#
+# Exit status: 0; 1 a step failed; 130 or 143 interrupted, run again to resume.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+readonly WHEELS=.build/wheels/s3-py311
+compose() { docker compose --file compose/compose.yaml "$@"; }
+fail() { printf 'compose: %s\n' "$1" >&2; exit "${2:-1}"; }
+
+for needed in runs/demo/input runs/demo/model; do
+    [ -d "$needed" ] || [ "${1:-}" = --build ] || fail "there is no $needed; run \`make demo\` first"
+done
+
+bash scripts/engine.sh engine
+bash scripts/env.sh
+docker image inspect estiba/embed:local >/dev/null 2>&1 ||
+    make --no-print-directory build/embed BASE=local || fail "\`make build/embed BASE=local\` failed, see above"
+
+# Wheels for the base's Python, fetched here so that the build needs no network; the lock's digest is the stamp.
+lock_digest="$(cksum <compose/s3/requirements.txt)"
+if [ "$(cat "$WHEELS/.lock" 2>/dev/null)" != "$lock_digest" ]; then
+    rm -rf "$WHEELS"
+    mkdir -p "$WHEELS"
+    .build/tools/bin/python -m pip download --quiet --disable-pip-version-check --only-binary :all: \
+        --python-version 3.11 --implementation cp --abi cp311 --abi abi3 --abi none \
+        --platform "manylinux_2_28_$(uname -m)" --platform "manylinux2014_$(uname -m)" --platform any \
+        --require-hashes --requirement compose/s3/requirements.txt --dest "$WHEELS" 2>&1 |
+        { grep -v '^WARNING' || true; } >&2
+    printf '%s\n' "$lock_digest" >"$WHEELS/.lock"
+fi
+compose build --quiet s3 || fail "the S3 server's image could not be built, see above"
+[ "${1:-}" != --build ] || exit 0
+
+status=0
+compose run --rm --no-TTY embed || status=$?
+case "$status" in
+    0) ;;
+    130 | 143) fail "interrupted; what was committed is kept on the S3 server, run this again to resume" "$status" ;;
+    *) fail "the job failed with exit status $status; its reason is above" "$status" ;;
+esac
+mkdir -p runs/demo/from-s3
+ESTIBA_USER="$(id -u):$(id -g)" compose run --rm --no-TTY fetch
+docker run --rm --network none --entrypoint python \
+    --volume "$PWD/demo/neighbours.py:/neighbours.py:ro" --volume "$PWD/runs/demo/from-s3:/output:ro" \
+    estiba/embed:local /neighbours.py /output
+echo "compose: the server goes on; end it, and forget its data, with: docker compose -f compose/compose.yaml down --volumes"

@@ -1,0 +1,1 @@
+"""The embed image: parquet text to embeddings."""

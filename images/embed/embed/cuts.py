@@ -1,0 +1,111 @@
+"""Where a text may be cut so that the tokens before the cut cannot change.
+
+A 400,000 character document cut to 512 tokens needs its first few thousand characters tokenised, not all of it (53 times
+faster). That is only right where *tokens(text) = tokens(prefix) + tokens(rest)* holds for certain, which is when
+
+1. the cut stands before a U+0020 that follows a visible letter, digit or ASCII punctuation mark: a boundary for Unicode
+   normalisation (space never composes with what stands before it) and for grapheme clusters (the left neighbour is no
+   Prepend character, UAX #29 rule GB9b);
+2. the normalizer treats such a boundary as one: every step on the list below does, others are not trusted;
+3. the pre-tokenizer always splits there: by whitespace, or by a known pattern that has no match with U+0020 after a
+   character that is not whitespace. Models (WordPiece, BPE, Unigram) then work within a piece;
+4. no added token reaches across: none contains whitespace after something else.
+
+A tokenizer for which this cannot be shown from its own configuration gets the whole text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from typing import Any
+
+# White space, controls, and Unicode's Default_Ignorable_Code_Point: what a reader does not see.
+VISIBLE = re.compile(
+    r"[^\s\x00-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
+    r"\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+
+# Grapheme_Cluster_Break=Prepend (Unicode 16): these cling to the character that follows, a space included.
+_PREPEND = re.compile(
+    "[\u0600-\u0605\u06dd\u070f\u0890\u0891\u08e2\u0d4e\U000110bd\U000110cd\U000111c2\U000111c3\U000113d1\U0001193f"
+    "\U00011941\U00011a3a\U00011a84-\U00011a89\U00011d46\U00011f02]"
+)
+
+# Split patterns of Llama 3 / cl100k (numbers by three) and of Qwen 2 (one by one). GPT-2's is ByteLevel's own.
+_KNOWN_PATTERNS = frozenset(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + number + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    for number in (r"\p{N}", r"\p{N}{1,3}")
+)
+_LOCAL_NORMALIZERS = frozenset(
+    ("BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "Prepend", "Strip", "StripAccents")
+)
+_SPLITTING = frozenset(("BertPreTokenizer", "Whitespace", "WhitespaceSplit"))
+_LOCAL_PIECES = frozenset(("Digits", "Punctuation"))
+_MODELS = frozenset(("WordPiece", "BPE", "Unigram", "WordLevel"))
+
+
+def can_cut(backend: Any) -> bool:
+    """True where `backend` (a tokenizers.Tokenizer) provably gives a prefix the same tokens. See the module."""
+    model = backend.model
+    return (
+        type(model).__name__ in _MODELS
+        and not getattr(model, "dropout", None)
+        and _normalizer_is_local(_state(backend.normalizer))
+        and _splits_at_space(_state(backend.pre_tokenizer))
+        and not any(re.search(r"\S\s", token.content) for token in backend.get_added_tokens_decoder().values())
+    )
+
+
+def safe_cut(text: str, wanted: int, least: int) -> int | None:
+    """The last safe cut in text[least:wanted + 1], as the length of the prefix; None if there is none."""
+    position = text.rfind(" ", least, wanted + 1)
+    while position > least:
+        before = text[position - 1]
+        letter = before.isalnum() and VISIBLE.match(before) and not _PREPEND.match(before)
+        if letter or before in string.punctuation:
+            return position
+        position = text.rfind(" ", least, position)
+    return None
+
+
+def _state(component: Any) -> dict[str, Any] | None:
+    return None if component is None else json.loads(component.__getstate__())
+
+
+def _normalizer_is_local(state: dict[str, Any] | None) -> bool:
+    if state is None:
+        return True
+    kind = state["type"]
+    if kind == "Sequence":
+        return all(_normalizer_is_local(step) for step in state["normalizers"])
+    if kind == "Replace":
+        pattern, content = state["pattern"], state["content"]
+        if pattern == {"Regex": " {2,}"}:  # a run of spaces lies on one side of the cut
+            return True
+        literal = pattern.get("String", " ")
+        return bool(content) and not re.search(r"\s", literal + content)
+    return kind in _LOCAL_NORMALIZERS
+
+
+def _splits_at_space(state: dict[str, Any] | None) -> bool:
+    if state is None:
+        return False
+    steps = state["pretokenizers"] if state["type"] == "Sequence" else [state]
+    kinds = [_piece_kind(step) for step in steps]
+    return "splits" in kinds and "unknown" not in kinds
+
+
+def _piece_kind(step: dict[str, Any]) -> str:
+    kind = step["type"]
+    if kind in _SPLITTING:
+        return "splits"
+    if kind == "Metaspace":
+        return "splits" if step.get("split", True) else "unknown"
+    if kind == "ByteLevel":
+        return "splits" if step.get("use_regex", True) else "local"
+    if kind == "Split":
+        known = step["pattern"].get("Regex") in _KNOWN_PATTERNS and step["behavior"] == "Isolated" and not step["invert"]
+        return "splits" if known else "unknown"
+    return "local" if kind in _LOCAL_PIECES else "unknown"

@@ -1,0 +1,105 @@
+"""`results.json`: what became of every file and row, how long it took, and what it cost if that can be known."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+from embed.config import EmbedConfig
+from embed.crew import Hello
+from embed.files import State, Work
+from estiba import __version__
+from estiba.contract import Job
+from estiba.prices import price_of
+from estiba.progress import peak_memory_bytes
+
+
+def results_of(
+    work: Work, *, config: EmbedConfig, job: Job, hello: Hello, ignored: list[str], started: float, loaded: float
+) -> dict[str, Any]:
+    """Everything JSON. Counts are of all attempts together; rates are of this one."""
+    now = time.monotonic()
+    total_s, compute_s = now - started, now - loaded
+    states = Counter(item.state for item in work.files.values())
+    counts = [item.written.counts for item in work.files.values() if item.written is not None]
+    statuses: Counter[str] = Counter()
+    for item in counts:
+        statuses.update(item["statuses"])
+    rows = sum(item["rows"] for item in counts)
+    tokens_aproximados = [item["tokens_aproximados"] for item in counts if item["tokens_aproximados"] is not None]
+    attempt = work.attempt
+    rows_per_s = attempt.rows_computed / compute_s if compute_s > 0 else 0.0
+    tokens_per_s = attempt.tokens / compute_s if compute_s > 0 else 0.0
+    done = states[State.DONE] + states[State.ALREADY]
+    result = {
+        "status": "failed" if work.bad and config.on_bad_file == "fail" else "complete",
+        "job": job.name,
+        "host": job.current_host,
+        "hosts": job.host_count,
+        "input": config.input_path,
+        "output": config.output_path,
+        "model": hello.identity,
+        "device": hello.device,
+        "dimensions": hello.dimensions,
+        "version": __version__,
+        "files": {
+            "total": work.files_total,
+            "done": done,
+            "done_in_this_attempt": states[State.DONE],
+            "already_complete": states[State.ALREADY],
+            "bad": [{"path": item.path, "reason": item.reason} for item in work.bad],
+            "ignored": ignored,
+        },
+        "rows": {
+            "total": rows,
+            "embedded": statuses["ok"],
+            "without_vector": {word: count for word, count in sorted(statuses.items()) if word != "ok"},
+            "truncated": sum(item["truncated"] for item in counts),
+            "computed_in_this_attempt": attempt.rows_computed,
+            "resumed": attempt.rows_found,
+        },
+        "tokens": {
+            "total": sum(item["tokens"] for item in counts),
+            "computed_in_this_attempt": attempt.tokens,
+            "padded_in_this_attempt": attempt.padded_tokens,
+            "padding_ratio": round(attempt.padded_tokens / attempt.tokens, 4) if attempt.tokens else None,
+        },
+        "seconds": {
+            "total": round(total_s, 3),
+            "until_model_loaded": round(loaded - started, 3),
+            "embedding": round(compute_s, 3),
+        },
+        "rows_per_s": round(rows_per_s, 2),
+        "tokens_per_s": round(tokens_per_s, 1),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "checkpoint": {
+            "path": None if config.no_checkpoint else config.checkpoint_path,
+            "pieces_found": attempt.pieces_found,
+            "pieces_saved": attempt.pieces_saved,
+            "pieces_set_aside": attempt.pieces_lost,
+            "bytes_saved": attempt.piece_bytes,
+        },
+        "cost": _cost(job, total_s),
+    }
+    if tokens_aproximados:
+        result["tokens_aproximados"] = sum(tokens_aproximados)
+    result["summary"] = (
+        f"{done} of {work.files_total} files, {rows} rows ({statuses['ok']} embedded) in {total_s:.1f} s: "
+        f"{attempt.rows_computed} rows computed now at {tokens_per_s:.0f} tokens/s, "
+        f"{rows - attempt.rows_computed if rows >= attempt.rows_computed else 0} found done"
+    )
+    return result
+
+
+def _cost(job: Job, total_s: float) -> dict[str, Any] | None:
+    price = price_of(job.instance_type)
+    if price is None:
+        return None
+    return {
+        "instance_type": job.instance_type,
+        "usd_per_h": price.usd_per_h,
+        "price_date": price.date,
+        "usd_of_this_attempt": round(price.usd_per_h * total_s / 3600, 6),
+        "note": "one host, on demand, this attempt, without the time the platform adds before and after",
+    }

@@ -1,0 +1,243 @@
+"""`estiba`: one job file, three targets. Data goes to stdout, progress and advice to stderr."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from . import doctor as checks
+from . import jobfile, plan, prices, scripts
+from .errors import EXIT_INTERRUPTED, EXIT_JOB_FAILED, LaunchError
+from .forecast import Assumptions
+from .target import Target
+from .variables import parse_settings
+
+HELP = """Stow a workload once, sail it anywhere: one job file on this machine, an ssh box or SageMaker.
+
+Exit codes: 0 done, 1 the job failed, 2 invalid input, 3 refused by budget, 4 interrupted.
+"""
+
+app = typer.Typer(name="estiba", help=HELP, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+prices_app = typer.Typer(help="What instance types cost.", invoke_without_command=True, rich_markup_mode=None)
+app.add_typer(prices_app, name="prices")
+
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def command(function: Call) -> Call:
+    """Turn LaunchError and Ctrl-C into a message on stderr and an exit code; no traceback reaches a person."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except LaunchError as error:
+            say(f"estiba: {error}")
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except BrokenPipeError:
+            # `estiba list | head`: the reader has what it wanted.
+            sys.stdout = None
+            raise typer.Exit(0) from None
+
+    return wrapped  # type: ignore[return-value]
+
+
+def say(text: str) -> None:
+    """One message for the person, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def show_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
+
+
+JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="Job file, such as images/embed/job.yaml.")]
+TargetName = Annotated[
+    str | None, typer.Option("--target", metavar="TARGET", help="local, sagemaker or ssh://user@host[:port].")
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Value of a ${VARIABLE}; may be repeated.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+PriceFile = Annotated[Path | None, typer.Option("--prices", metavar="FILE", help="Price table laid over the others.")]
+Region = Annotated[
+    str | None, typer.Option("--region", envvar=["AWS_REGION", "AWS_DEFAULT_REGION"], help="Region of the prices.")
+]
+Interruptions = Annotated[float, typer.Option(help="Forecast: spot interruptions an hour.")]
+SaveSeconds = Annotated[float, typer.Option("--save-s", help="Forecast: seconds one checkpoint takes.")]
+NoticeSaves = Annotated[float, typer.Option(help="Forecast: chance that the notice is long enough to save (0-1).")]
+WorkSeconds = Annotated[
+    float | None, typer.Option("--work-s", help="Forecast: seconds of work; default is 70% of the limit.")
+]
+Gpus = Annotated[str, typer.Option(help="auto (all if this machine has any), all, none or a number.")]
+ShmSize = Annotated[str, typer.Option(help="Shared memory of each host.")]
+Memory = Annotated[str | None, typer.Option(help="Memory limit of each host, such as 16g.")]
+Cpus = Annotated[float | None, typer.Option(help="CPU limit of each host.")]
+LikeInstance = Annotated[
+    bool, typer.Option("--like-instance", help="Limit each host to the memory and vCPUs of its instance type.")
+]
+Encoding = Annotated[str, typer.Option(help="Hyperparameters as plain text (SDK v3) or json (SDK v2).")]
+EnvFile = Annotated[
+    Path | None, typer.Option("--env-file", metavar="FILE", help="NAME=VALUE lines for the container; never stored.")
+]
+
+
+def assume(interruptions: float, save_s: float, notice_saves: float, work_s: float | None) -> Assumptions:
+    try:
+        return Assumptions(
+            interruptions_per_hour=interruptions, save_s=save_s, notice_saves=notice_saves, work_s=work_s
+        )
+    except ValueError as error:
+        raise LaunchError(f"forecast: {error}") from None
+
+
+@app.command("plan")
+@command
+def plan_command(
+    job: JobPath,
+    target: TargetName = None,
+    set_: Settings = None,
+    as_json: AsJson = False,
+    price_file: PriceFile = None,
+    region: Region = None,
+    interruptions: Interruptions = 0.15,
+    save_s: SaveSeconds = 60.0,
+    notice_saves: NoticeSaves = 0.0,
+    work_s: WorkSeconds = None,
+    gpus: Gpus = "auto",
+    shm_size: ShmSize = "8g",
+    memory: Memory = None,
+    cpus: Cpus = None,
+    like_instance: LikeInstance = False,
+    encoding: Encoding = "plain",
+    env_file: EnvFile = None,
+) -> None:
+    """Check a job file and print exactly what would be started and what it may cost. Starts nothing.
+
+    Without --target, local and sagemaker are both shown.
+    """
+    assumptions = assume(interruptions, save_s, notice_saves, work_s)
+    tables = prices.load(region or "us-east-1", price_file)
+    targets = [Target.parse(target)] if target else [Target.parse("local"), Target.parse("sagemaker")]
+    shown = []
+    refused: LaunchError | None = None
+    now = datetime.datetime.now(datetime.UTC)
+    for one in targets:
+        try:
+            loaded = jobfile.load(job, one, parse_settings(set_ or []), now=now)
+            options = host_options(loaded, gpus, shm_size, memory, cpus, like_instance, encoding, env_file, tables)
+            planned = plan.make(loaded, tables, assumptions=assumptions, options=options, region=region)
+        except LaunchError as error:
+            # With both targets asked for, a file that is only ready for one is still worth showing.
+            if target:
+                raise
+            say(f"estiba: not ready for --target {one}: {error}")
+            refused = error
+            continue
+        shown.append(planned)
+        for warning in planned.warnings:
+            say(f"warning: {warning}")
+        if not as_json:
+            say(plan.describe(planned))
+            print(scripts.artefact(loaded, options), flush=True)
+    if not shown and refused:
+        raise typer.Exit(refused.exit_code)
+    if as_json:
+        documents = [planned.to_json() for planned in shown]
+        show_json(documents[0] if target else documents)
+
+
+def host_options(
+    loaded: jobfile.JobFile,
+    gpus: str,
+    shm_size: str,
+    memory: str | None,
+    cpus: float | None,
+    like_instance: bool,
+    encoding: str,
+    env_file: Path | None,
+    tables: prices.Prices,
+) -> scripts.HostOptions:
+    """What the machine gives each host, from the flags. Raises LaunchError for flags that make no sense."""
+    return scripts.read_options(
+        gpus=gpus,
+        shm_size=shm_size,
+        memory=memory,
+        cpus=cpus,
+        encoding=encoding,
+        env_file=str(env_file) if env_file else None,
+        like=tables.get(prices.hosts_of(loaded.request)[0][0]) if like_instance else None,
+        has_gpu_instance=loaded.target.kind == "ssh",
+    )
+
+
+@prices_app.callback(invoke_without_command=True)
+@command
+def prices_command(
+    context: typer.Context,
+    names: Annotated[str | None, typer.Option("--only", metavar="TEXT", help="Only types that hold this text.")] = None,
+    as_json: AsJson = False,
+    price_file: PriceFile = None,
+    region: Region = None,
+) -> None:
+    """Print the price table in use, with where and when each price was read."""
+    if context.invoked_subcommand:
+        return
+    tables = prices.load(region or "us-east-1", price_file)
+    chosen = [one for name, one in sorted(tables.instances.items()) if not names or names in name]
+    for warning in tables.warnings([one.name for one in chosen], region):
+        say(f"warning: {warning}")
+    if as_json:
+        show_json([{**vars(one), "date": one.date.isoformat()} for one in chosen])
+        return
+    print(f"{'instance type':<20} {'USD/h':>9}  {'GPUs':<22} {'vCPU':>5} {'GiB':>5}  region     read")
+    for one in chosen:
+        gpu = f"{one.gpus} x {one.gpu} {one.gpu_memory_mib} MiB" if one.gpus else "-"
+        print(
+            f"{one.name:<20} {one.usd_per_h:>9.4f}  {gpu:<22} {one.vcpus or '?':>5} {one.memory_gib or '?':>5}  "
+            f"{one.region:<10} {one.date}"
+        )
+
+
+@prices_app.command("refresh")
+@command
+def refresh_command(
+    region: Annotated[str, typer.Argument(help="AWS region.")] = "us-east-1",
+    url: Annotated[str | None, typer.Option(help="Offer file to read instead of AWS's own.")] = None,
+) -> None:
+    """Read AWS's public price list (no account needed) and keep its training prices for this user."""
+    say(f"reading {url or prices.OFFER_URL.format(region=region)}")
+    print(prices.refresh(region, url))
+
+
+@app.command("doctor")
+@command
+def doctor_command(
+    as_json: AsJson = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Leave out checks that ask another machine.")] = False,
+) -> None:
+    """Check this machine: docker, GPU driver, disk, ssh, AWS login, region and clock."""
+    found = []
+    for check in checks.run(network=not offline):
+        found.append(check)
+        if not as_json:
+            print(f"{check.status:<8} {check.name:<16} {check.seen}", flush=True)
+            if check.remedy:
+                print(f"{'':<8} {'':<16} -> {check.remedy}", flush=True)
+    if as_json:
+        show_json([check.to_json() for check in found])
+    if checks.worst(found) == "error":
+        raise typer.Exit(EXIT_JOB_FAILED)
+
+
+if __name__ == "__main__":
+    app()

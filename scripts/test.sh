@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Run tests, fast ones first; stop at the first room that fails.
+#
+#   scripts/test.sh                # shared, launch, repo; then each image's own tests inside it; then the contract
+#   scripts/test.sh fast           # shared, launch, repo: no Docker, under a minute
+#   scripts/test.sh repo           # one room: shared, launch, repo, contract, or an image's name
+#   scripts/test.sh embed -k resume    # further words go to pytest
+#
+# BASE=local unless the environment says otherwise: tests must run where nothing can be pulled.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export BASE="${BASE:-local}"
+bash scripts/env.sh
+pytest=(.venv/bin/python -m pytest)
+
+images() { find images -mindepth 2 -maxdepth 2 -name Dockerfile ! -path 'images/base/*' -printf '%h\n' | sed 's#.*/##' | sort; }
+
+host() { "${pytest[@]}" -q "$@"; }
+
+inside() { # image, pytest's words
+    local image="$1"
+    shift
+    bash scripts/build.sh "$image-test"
+    local gpu=()
+    docker info --format '{{json .Runtimes}}' | grep -q nvidia && gpu=(--gpus all)
+    [ $# -gt 0 ] || set -- -q
+    echo "test: $image, inside estiba/$image-test:local" >&2
+    docker run --rm "${gpu[@]}" "estiba/$image-test:local" "$@"
+}
+
+room="${1:-all}"
+[ $# -eq 0 ] || shift
+case "$room" in
+    fast) host tests/shared tests/launch tests/repo "$@" ;;
+    shared | launch | repo) host "tests/$room" "$@" ;;
+    contract)
+        # shellcheck disable=SC2046 # names without spaces
+        bash scripts/build.sh $(images)
+        host tests/contract "$@" ;;
+    all)
+        bash "$0" fast
+        for image in $(images); do inside "$image"; done
+        bash "$0" contract ;;
+    *)
+        [ -f "images/$room/Dockerfile" ] || { echo "test: no room '$room'; one of: fast shared launch repo contract $(images | paste -sd' ')" >&2; exit 2; }
+        inside "$room" "$@" ;;
+esac

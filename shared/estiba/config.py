@@ -1,0 +1,242 @@
+"""One typed configuration per workload: every field is a flag, an environment variable and a hyperparameter.
+
+A workload declares a `Config` with a docstring under each field. `load` fills it, a flag before an environment
+variable before a hyperparameter before the default, and refuses what it does not know by name, everything at once.
+Typing and messages are pydantic's; the three sources are ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+
+from estiba.errors import ConfigError
+
+ENV_PREFIX = "ESTIBA_"
+RESERVED_ENV = frozenset(
+    """ESTIBA_ROOT ESTIBA_WORKLOAD ESTIBA_INSTANCE_TYPE ESTIBA_STOP_GRACE_S ESTIBA_MAX_RUNTIME_S ESTIBA_SPOT_NOTICE
+    ESTIBA_PRICE_USD_PER_H ESTIBA_IMAGE ESTIBA_VERSION ESTIBA_LOG_INTERVAL_S""".split()
+)
+"""Variables of the job layer itself; any other ESTIBA_… must be a field."""
+AMBIENT_ENV = frozenset({"COLUMNS", "LINES", "HOME", "USER", "PATH", "PWD", "SHELL", "TERM", "LANG", "HOSTNAME"})
+"""Set by shells and terminals for themselves, so never read as a field without the ESTIBA_ prefix."""
+
+
+class Config(BaseModel):
+    """Base of every workload's configuration: frozen, nothing unknown, docstrings as help."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+C = TypeVar("C", bound=Config)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """One value and where it came from, in the user's words."""
+
+    value: Any
+    origin: str
+
+
+def load(cls: type[C], *, argv: Sequence[str], environ: Mapping[str, str], hyperparameters: Mapping[str, str]) -> C:
+    """Build the configuration. Raises ConfigError with every mistake found, one a line."""
+    problems: list[str] = []
+    given: dict[str, _Given] = {}
+    for source in (
+        lambda: _from_hyperparameters(cls, hyperparameters, problems),
+        lambda: _from_environment(cls, environ, problems),
+        lambda: _from_flags(cls, argv, problems),
+    ):
+        given |= source()
+    values = {name: _prepare(cls.model_fields[name], item.value) for name, item in given.items()}
+    try:
+        config = cls.model_validate(values)
+    except ValidationError as error:
+        problems += [_explain(cls, given, detail) for detail in error.errors()]
+        config = None
+    if problems or config is None:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field: text_column -> --text-column."""
+    return "--" + name.replace("_", "-")
+
+
+# --- sources -------------------------------------------------------------------------------------------------------
+
+
+def _from_hyperparameters(cls: type[Config], values: Mapping[str, str], problems: list[str]) -> dict[str, _Given]:
+    given: dict[str, _Given] = {}
+    for key, raw in values.items():
+        if key.startswith("sagemaker_") or key == "_tuning_objective_metric":
+            continue  # the toolkit's own, never the workload's
+        name = key.replace("-", "_")
+        if name not in cls.model_fields:
+            problems.append(_unknown("hyperparameter", key, cls, lambda n: n.replace("_", "-")))
+            continue
+        value = _unquote(raw)
+        if name in given and given[name].value != value:
+            problems.append(f"hyperparameters {given[name].origin!r} and {key!r} are the same setting; give one of them")
+        given[name] = _Given(value, f"hyperparameter {key!r}")
+    return given
+
+
+def _from_environment(cls: type[Config], environ: Mapping[str, str], problems: list[str]) -> dict[str, _Given]:
+    given: dict[str, _Given] = {}
+    for name in cls.model_fields:
+        upper = name.upper()
+        candidates = [ENV_PREFIX + upper, f"SM_HP_{upper}", f"SM_HP_{upper.replace('_', '-')}"]
+        if upper not in AMBIENT_ENV:
+            candidates.append(upper)
+        for variable in candidates:
+            if environ.get(variable, "") != "":
+                given[name] = _Given(_unquote(environ[variable]), f"environment variable {variable}")
+                break
+    known = RESERVED_ENV | {ENV_PREFIX + name.upper() for name in cls.model_fields}
+    for variable in sorted(environ):
+        if variable.startswith(ENV_PREFIX) and variable not in known:
+            problems.append(
+                _unknown("environment variable", variable, cls, lambda name: ENV_PREFIX + name.upper(), extra=RESERVED_ENV)
+            )
+    return given
+
+
+def _from_flags(cls: type[Config], argv: Sequence[str], problems: list[str]) -> dict[str, _Given]:
+    parser = parser_of(cls)
+    try:
+        known, rest = parser.parse_known_args(_normalized(argv))
+    except _FlagError as error:
+        problems.append(str(error))
+        return {}
+    problems += [_unknown("flag", item, cls, flag_of) for item in rest if item.startswith("-")]
+    stray = [item for item in rest if not item.startswith("-")]
+    if stray and not any(item.startswith("-") for item in rest):
+        problems.append(f"argument {stray[0]!r} belongs to no flag; write --name value")
+    return {name: _Given(value, f"flag {flag_of(name)}") for name, value in vars(known).items()}
+
+
+class _FlagError(Exception):
+    pass
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise _FlagError(f"{message}; --help lists every flag")
+
+
+def parser_of(cls: type[Config], prog: str | None = None) -> argparse.ArgumentParser:
+    """The flags of a configuration, with each field's docstring and default as help."""
+    parser = _Parser(
+        prog=prog,
+        description=(cls.__doc__ or "").strip(),
+        epilog="Each flag is also an environment variable (ESTIBA_TEXT_COLUMN) and a hyperparameter (text-column).",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    for name, info in cls.model_fields.items():
+        is_switch = _kinds(info.annotation) == {bool}
+        default = info.get_default(call_default_factory=True)
+        text = " ".join((info.description or "").split()) + f" [{'off' if default is None else default}]"
+        choices = [str(choice) for choice in _choices(info)]
+        parser.add_argument(
+            flag_of(name),
+            dest=name,
+            help=text.replace("%", "%%"),
+            metavar="|".join(choices) if choices else ("[true|false]" if is_switch else name.upper()),
+            **({"nargs": "?", "const": "true"} if is_switch else {}),
+        )
+    return parser
+
+
+def _normalized(argv: Iterable[str]) -> list[str]:
+    """--text_column is --text-column; values are left alone."""
+    result = []
+    for item in argv:
+        if item.startswith("--"):
+            name, equals, value = item.partition("=")
+            item = name.replace("_", "-") + equals + value
+        result.append(item)
+    return result
+
+
+# --- values --------------------------------------------------------------------------------------------------------
+
+
+def _unquote(raw: str) -> str:
+    """A JSON-encoded string without its quotes: one of AWS's SDKs sends "texto" as "\\"texto\\"", the other does not."""
+    if len(raw) >= 2 and raw[0] == raw[-1] == '"':
+        try:
+            value = json.loads(raw)
+        except json.JSONDecodeError:
+            return raw
+        return value if isinstance(value, str) else raw
+    return raw
+
+
+def _prepare(info: FieldInfo, value: Any) -> Any:
+    """Turn a string into what pydantic cannot guess: None for an optional field, a list from text."""
+    if not isinstance(value, str):
+        return value
+    kinds = _kinds(info.annotation)
+    if type(None) in kinds and value.strip().lower() in ("", "none", "null"):
+        return None
+    if any(typing.get_origin(kind) in (list, tuple) for kind in kinds):
+        if value.lstrip().startswith("["):
+            try:
+                return json.loads(value)
+            except json.JSONDecodeError:
+                pass
+        return [item.strip() for item in value.split(",") if item.strip()]
+    return value if kinds & {str} else value.strip()
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return _kinds(typing.get_args(annotation)[0])
+    if origin in (typing.Union, types.UnionType):
+        return set().union(*(_kinds(item) for item in typing.get_args(annotation)))
+    return {annotation}
+
+
+def _choices(info: FieldInfo) -> list[Any]:
+    found = []
+    for kind in _kinds(info.annotation):
+        if typing.get_origin(kind) is typing.Literal:
+            found += typing.get_args(kind)
+    return found
+
+
+def _explain(cls: type[Config], given: Mapping[str, _Given], detail: Any) -> str:
+    location = [str(part) for part in detail["loc"]]
+    name = location[0] if location else ""
+    item = given.get(name)
+    message = detail["msg"].removeprefix("Value error, ")
+    if item is None:
+        return f"{flag_of(name)}: {message}" if name else message
+    info = cls.model_fields[name]
+    default = info.get_default(call_default_factory=True)
+    return (
+        f"{item.origin} is {item.value!r}: {message[:1].lower()}{message[1:]}; "
+        f"give another value or leave it out for {default!r}"
+    )
+
+
+def _unknown(what: str, seen: str, cls: type[Config], spell: Any, extra: Iterable[str] = ()) -> str:
+    names = [spell(name) for name in cls.model_fields] + sorted(extra)
+    name = seen.partition("=")[0]
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(names)}"
+    return f"unknown {what} {name!r}; {hint}"

@@ -1,0 +1,144 @@
+"""Whether to stop, and how many seconds are left: TERM, INT, the runtime limit and the EC2 spot notice, as one flag."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from types import FrameType
+
+from estiba.errors import ConfigError, Interrupted
+
+GRACE_S = 120.0
+"""Between SIGTERM and SIGKILL on SageMaker (`docker stop -t 120`)."""
+SPOT_POLL_S = 5.0
+SPOT_NOTICE_S = 120.0
+"""EC2 announces a spot interruption two minutes ahead at best."""
+
+
+class Stop:
+    """A flag that signals, clocks and notices raise; work polls it between steps.
+
+    The first TERM or INT raises the flag. A second one ends the process at once with 128 + signal: whoever sends it
+    has stopped waiting.
+    """
+
+    def __init__(
+        self, *, grace_s: float = GRACE_S, max_runtime_s: float | None = None, spot_notice: bool = False
+    ) -> None:
+        self.grace_s = grace_s
+        self.reason: str | None = None
+        self.signum: int | None = None
+        self._deadline: float | None = None
+        self._event = threading.Event()
+        self._runtime_end = None if max_runtime_s is None else time.monotonic() + max_runtime_s
+        self._spot_notice = spot_notice
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Stop:
+        """ESTIBA_STOP_GRACE_S, ESTIBA_MAX_RUNTIME_S (seconds) and ESTIBA_SPOT_NOTICE=1 (an EC2 box of one's own)."""
+        return cls(
+            grace_s=seconds(environ, "ESTIBA_STOP_GRACE_S") or GRACE_S,
+            max_runtime_s=seconds(environ, "ESTIBA_MAX_RUNTIME_S"),
+            spot_notice=environ.get("ESTIBA_SPOT_NOTICE", "").lower() in ("1", "true", "yes"),
+        )
+
+    def install(self) -> Stop:
+        """Take over SIGTERM and SIGINT of this process, and start the watchers that were asked for."""
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+        if self._runtime_end is not None:
+            self._watch(self._wait_for_runtime_end)
+        if self._spot_notice:
+            self._watch(self._wait_for_spot_notice)
+        return self
+
+    def request(self, reason: str, *, seconds_left: float | None = None, signum: int | None = None) -> None:
+        """Raise the flag. The first reason is kept."""
+        if self._event.is_set():
+            return
+        self.reason, self.signum = reason, signum
+        self._deadline = time.monotonic() + (self.grace_s if seconds_left is None else seconds_left)
+        self._event.set()
+
+    def __call__(self) -> bool:
+        """True once something asked to stop."""
+        return self._event.is_set()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Sleep, but no longer than until the flag is raised."""
+        return self._event.wait(timeout_s)
+
+    def seconds_left(self) -> float | None:
+        """Seconds until the process will be killed; None while nothing asked to stop."""
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    def interrupted(self, what_is_safe: str) -> Interrupted:
+        """The error to end with: why, and what is safe."""
+        return Interrupted(f"stopped by {self.reason}: {what_is_safe}; run the same command again to go on", self.signum)
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if self._event.is_set() and self.signum is not None:
+            os._exit(128 + signum)
+        name = signal.Signals(signum).name
+        # os.write, since a handler may run in the middle of a buffered write
+        os.write(2, f"{name} received: finishing, at most {self.grace_s:.0f} s; once more ends at once\n".encode())
+        if self._event.is_set():  # the clock or a notice came first; the signal now sets the exit status
+            self.signum = signum
+        self.request(name, signum=signum)
+
+    def _watch(self, target: Callable[[], None]) -> None:
+        threading.Thread(target=target, name=f"estiba-{target.__name__.strip('_')}", daemon=True).start()
+
+    def _wait_for_runtime_end(self) -> None:
+        assert self._runtime_end is not None
+        remaining = self._runtime_end - self.grace_s - time.monotonic()
+        if not self._event.wait(max(0.0, remaining)):
+            self.request("the runtime limit", seconds_left=max(0.0, self._runtime_end - time.monotonic()))
+
+    def _wait_for_spot_notice(self) -> None:
+        base = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254").rstrip("/")
+        while not self._event.wait(SPOT_POLL_S):
+            if _spot_action(base):
+                self.request("the EC2 spot notice", seconds_left=SPOT_NOTICE_S)
+
+
+def _spot_action(base: str) -> str | None:
+    """The body of `spot/instance-action`, or None while there is none (IMDSv2: a token first)."""
+    try:
+        token_request = urllib.request.Request(
+            f"{base}/latest/api/token", method="PUT", headers={"X-aws-ec2-metadata-token-ttl-seconds": "60"}
+        )
+        with urllib.request.urlopen(token_request, timeout=2) as response:
+            token = response.read().decode()
+        request = urllib.request.Request(
+            f"{base}/latest/meta-data/spot/instance-action", headers={"X-aws-ec2-metadata-token": token}
+        )
+        with urllib.request.urlopen(request, timeout=2) as response:
+            return response.read().decode()
+    except (urllib.error.URLError, OSError):  # 404 means no notice; anything else is asked again
+        return None
+
+
+def seconds(environ: Mapping[str, str], name: str) -> float | None:
+    """A positive number of seconds from the environment, or None. Raises ConfigError."""
+    raw = environ.get(name, "").strip()
+    if not raw:
+        return None
+    try:
+        value = float(raw)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"environment variable {name} is {raw!r}: must be a positive number of seconds, such as 120")
+    return value
+
+
+def say(message: str) -> None:
+    """One line to the log."""
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,298 @@
+"""Object storage by URL: `s3://bucket/prefix`, `file:///dir` or a plain path, behind one small interface.
+
+Every write is all or nothing: a reader never sees half an object, a crash leaves none. Relative paths use `/`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import io
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, cast
+from urllib.parse import unquote, urlsplit
+
+from estiba.errors import ConfigError, StoreError
+
+TEMPORARY_SUFFIX = ".estiba-tmp"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One object: path relative to its store, size in bytes, and the store's own version mark where it has one."""
+
+    path: str
+    size_bytes: int
+    etag: str | None = None
+
+
+class Store(ABC):
+    """A tree of immutable objects. All methods raise StoreError, with the object's URL and what to do."""
+
+    url: str
+    is_durable: bool
+    """True where an object outlives this machine."""
+
+    def url_of(self, path: str) -> str:
+        return f"{self.url.rstrip('/')}/{path}" if path else self.url
+
+    @abstractmethod
+    def list(self, prefix: str = "") -> list[Entry]:
+        """Every object below `prefix` (a folder), sorted by path; empty where there is no such folder."""
+
+    @abstractmethod
+    def head(self, path: str) -> Entry | None:
+        """The object's entry, or None where there is none."""
+
+    @abstractmethod
+    def read(self, path: str, start: int = 0, length: int | None = None) -> bytes:
+        """Exactly the bytes asked for; short answers are errors."""
+
+    @abstractmethod
+    def open(self, path: str) -> BinaryIO:
+        """A seekable, read-only file."""
+
+    @abstractmethod
+    def writer(self, path: str) -> contextlib.AbstractContextManager[BinaryIO]:
+        """A file that is published when the block ends, and never was when the block raises."""
+
+    @abstractmethod
+    def write_new(self, path: str, data: bytes) -> bool:
+        """Publish unless there is one already; False where there was (If-None-Match: *)."""
+
+    @abstractmethod
+    def delete(self, path: str) -> None:
+        """Remove; no error where there is none."""
+
+    @abstractmethod
+    def rename(self, path: str, new_path: str) -> None:
+        """Move within the store."""
+
+    def write(self, path: str, data: bytes | memoryview) -> None:
+        """Publish one object, replacing."""
+        with self.writer(path) as file:
+            file.write(data)
+
+
+def open_store(location: str | os.PathLike[str]) -> Store:
+    """The store at a URL or path. Raises ConfigError for a scheme that is not known."""
+    text = os.fspath(location)
+    scheme = urlsplit(text).scheme if "://" in text else ""
+    if scheme == "":
+        return FileStore(Path(text))
+    if scheme == "file":
+        return FileStore(Path(unquote(urlsplit(text).path)))
+    if scheme == "s3":
+        from estiba.s3 import S3ObjectStore  # keeps start-up light where no S3 is used
+
+        return S3ObjectStore(text)
+    raise ConfigError(f"{text}: storage of kind {scheme!r} is not supported; use s3://, file:// or a path")
+
+
+def split_location(location: str) -> tuple[str, str]:
+    """A URL or path as (parent, last name): 's3://b/a/x.parquet' -> ('s3://b/a', 'x.parquet')."""
+    parent, _, name = location.rstrip("/").rpartition("/")
+    return (parent or "/" if location.startswith("/") else parent or "."), name
+
+
+class FileStore(Store):
+    """A directory. Writes go beside, are fsynced, renamed, and the directory fsynced."""
+
+    is_durable = False
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self.url = str(self.root)
+
+    def path_of(self, path: str) -> Path:
+        return self.root / path if path else self.root
+
+    def list(self, prefix: str = "") -> list[Entry]:
+        found = []
+        seen: set[tuple[int, int]] = set()
+        with _explained(self.url_of(prefix)):
+            for folder, folders, names in os.walk(self.path_of(prefix), followlinks=True, onerror=_raise_unless_absent):
+                here = os.stat(folder)
+                if (here.st_dev, here.st_ino) in seen:  # a link back up would never end
+                    folders.clear()
+                    continue
+                seen.add((here.st_dev, here.st_ino))
+                for name in names:
+                    full = os.path.join(folder, name)
+                    try:
+                        size = os.stat(full).st_size
+                    except OSError:  # a dangling link is still an input; reading it names it
+                        size = 0
+                    found.append(Entry(os.path.relpath(full, self.root), size))
+        return sorted(found, key=lambda entry: entry.path)
+
+    def head(self, path: str) -> Entry | None:
+        full = self.path_of(path)
+        return Entry(path, full.stat().st_size) if full.is_file() else None
+
+    def read(self, path: str, start: int = 0, length: int | None = None) -> bytes:
+        with _explained(self.url_of(path)), open(self.path_of(path), "rb") as file:
+            file.seek(start)
+            data = file.read() if length is None else file.read(length)
+        if length is not None and len(data) != length:
+            raise StoreError(
+                f"{self.url_of(path)}: {len(data)} bytes at {start} where {length} were asked for; the file was cut short"
+            )
+        return data
+
+    def open(self, path: str) -> BinaryIO:
+        with _explained(self.url_of(path)):
+            return open(self.path_of(path), "rb")
+
+    @contextlib.contextmanager
+    def writer(self, path: str) -> Iterator[BinaryIO]:
+        final = self.path_of(path)
+        # The name is a function of the final one, so that what a killed process left is overwritten by the next.
+        beside = final.with_name(f".{final.name}{TEMPORARY_SUFFIX}")
+        with _explained(self.url_of(path)):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            file = open(beside, "ab")
+            try:
+                _lock(file, self.url_of(path))
+                file.truncate(0)
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                os.rename(beside, final)
+                sync_directory(final.parent)
+            except BaseException as error:
+                if not isinstance(error, StoreError):  # held by another process: not ours to remove
+                    with contextlib.suppress(OSError):
+                        beside.unlink()
+                raise
+            finally:
+                with contextlib.suppress(OSError):  # a full disk says so once more on close
+                    file.close()
+
+    def write_new(self, path: str, data: bytes) -> bool:
+        final = self.path_of(path)
+        beside = final.with_name(f".{final.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+        with _explained(self.url_of(path)):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with open(beside, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.link(beside, final)
+                sync_directory(final.parent)
+            except FileExistsError:
+                return False
+            finally:
+                beside.unlink(missing_ok=True)
+        return True
+
+    def delete(self, path: str) -> None:
+        with _explained(self.url_of(path)):
+            self.path_of(path).unlink(missing_ok=True)
+
+    def rename(self, path: str, new_path: str) -> None:
+        with _explained(self.url_of(path)):
+            self.path_of(new_path).parent.mkdir(parents=True, exist_ok=True)
+            os.rename(self.path_of(path), self.path_of(new_path))
+
+
+def stage(location: str, folder: Path) -> Path:
+    """Copy everything below a URL into `folder`, once: the folder appears when it is whole. Returns it."""
+    if folder.is_dir():
+        return folder
+    source = open_store(location)
+    entries = source.list()
+    if not entries:
+        raise ConfigError(f"{location}: nothing there to copy; check the bucket and the prefix")
+    beside = folder.with_name(f"{folder.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    target = FileStore(beside)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            for _ in pool.map(lambda entry: _copy(source, entry, target), entries):
+                pass
+        try:
+            os.rename(beside, folder)
+        except OSError:
+            if not folder.is_dir():  # another process was first with the same bytes
+                raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+def _copy(source: Store, entry: Entry, target: Store) -> None:
+    if entry.path.startswith("/") or ".." in entry.path.split("/"):
+        raise StoreError(f"{source.url_of(entry.path)}: a name that leads outside its folder; rename the object")
+    with source.open(entry.path) as reading, target.writer(entry.path) as writing:
+        shutil.copyfileobj(reading, writing, 2**22)
+    copied = target.head(entry.path)
+    if copied is None or copied.size_bytes != entry.size_bytes:
+        raise StoreError(f"{source.url_of(entry.path)}: changed while it was copied; try again")
+
+
+def sync_directory(path: Path) -> None:
+    """Make a rename in `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network mounts cannot; the rename stands
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def exact_reader(raw: io.RawIOBase, buffer_bytes: int) -> BinaryIO:
+    return cast(BinaryIO, io.BufferedReader(raw, buffer_bytes))
+
+
+def _lock(file: BinaryIO, url: str) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise StoreError(
+            f"{url}: another process is writing it; two jobs share this directory, give each its own"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+
+
+def _raise_unless_absent(error: OSError) -> None:
+    if error.errno != errno.ENOENT:
+        raise error
+
+
+@contextlib.contextmanager
+def _explained(url: str) -> Iterator[None]:
+    """An OSError as a StoreError with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = f"{_free_text(url)}; free some or give the job a larger volume"
+        elif error.errno in (errno.EACCES, errno.EPERM):
+            remedy = f"this process runs as user {os.getuid()}; make it accessible to that user, or change --user"
+        elif error.errno == errno.EROFS:
+            remedy = "it is mounted read-only; mount it without :ro or choose another path"
+        elif error.errno == errno.ENOENT:
+            remedy = "there is no such file"
+        else:
+            remedy = "check the disk and the mount"
+        raise StoreError(f"{url}: {error.strerror or error} ({remedy})") from error
+
+
+def _free_text(url: str) -> str:
+    path = Path(url)
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    with contextlib.suppress(OSError):
+        return f"{shutil.disk_usage(path).free / 1e6:.0f} MB free"
+    return "no space left"
