@@ -96,7 +96,7 @@ target "image-test" {
   matrix     = { image = split(",", IMAGES) }
   context    = "."
   dockerfile = "tests/images/Dockerfile"
-  contexts   = { image = "target:${image}", wheels = wheels("${image}-test") }
+  contexts   = { image = "target:${image}", base = base_of(image), wheels = wheels("${image}-test") }
   args       = { IMAGE = image }
   tags       = ["estiba/${image}-test:local"]
 }

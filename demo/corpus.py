@@ -8,8 +8,6 @@ The text is fetched at run time through the machine's own apt and is never part 
 licences are named in each file's schema metadata. The same packages give the same bytes.
 """
 
-# ruff: noqa: SIM905 - word lists read better as words
-
 from __future__ import annotations
 
 import argparse

@@ -44,8 +44,13 @@ def read_vectors(path: Path) -> tuple[Passages, Counter[str]]:
     missing = {"texto", "embeddings", "status", "package", "title"} - set(table.column_names)
     if missing:
         raise OutputError(f"{path.name} has no column {', '.join(sorted(missing))}; delete the output and run again")
-    statuses = Counter(str(status) for status in table.column("status").to_pylist())
-    table = table.filter(table.column("embeddings").is_valid())
+    words = [str(word) for word in table.column("status").to_pylist()]
+    statuses = Counter(words)
+    has_vector = table.column("embeddings").is_valid()
+    wrong = sum((word == "ok") != has for word, has in zip(words, has_vector.to_pylist(), strict=True))
+    if wrong:
+        raise OutputError(f"{path.name}: {wrong} rows have a status that does not fit their vector ({dict(statuses)})")
+    table = table.filter(has_vector)
     vectors = table.column("embeddings").combine_chunks()
     if not isinstance(vectors, pa.FixedSizeListArray):
         raise OutputError(f"{path.name}: embeddings are {vectors.type}, expected a fixed-size list")

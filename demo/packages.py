@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 APT_IMAGE = "estiba/base:local"
-"""Image whose apt is used on hosts without one; ESTIBA_APT_IMAGE names another Debian or Ubuntu image."""
+"""Image whose apt is used on hosts without one. ESTIBA_APT_IMAGE names another, and has it used on any host."""
 
 
 class PackageError(Exception):
@@ -76,14 +76,16 @@ class _Tools:
     def __init__(self, cache: Path) -> None:
         self.cache = cache
         self.prefix: list[str] = []
-        self.own_apt = bool(shutil.which("apt-get") and shutil.which("apt-cache") and shutil.which("dpkg-deb"))
+        image = os.environ.get("ESTIBA_APT_IMAGE")
+        self.own_apt = image is None and all(shutil.which(tool) for tool in ("apt-get", "apt-cache", "dpkg-deb"))
         if not self.own_apt:
             if not shutil.which("docker"):
                 raise PackageError("found neither apt-get nor docker; run this on Debian or Ubuntu, or `make engine`")
-            image = os.environ.get("ESTIBA_APT_IMAGE", APT_IMAGE)
             user = f"{os.getuid()}:{os.getgid()}"
             self.prefix = ["docker", "run", "--rm", "--user", user, "-v", f"{cache}:{cache}", "-w", str(cache)]
-            self.prefix += ["--entrypoint", "", image]
+            for name in ("http_proxy", "https_proxy", "no_proxy"):
+                self.prefix += ["--env", name] if name in os.environ else []
+            self.prefix += ["--entrypoint", "", image or APT_IMAGE]
 
     def run(self, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         """Run to the end, output captured; the caller looks at the exit status."""
@@ -103,7 +105,9 @@ class _Tools:
         (archives / "partial").mkdir(parents=True, exist_ok=True)
         # Lists of our own need no root and leave the machine's as they are.
         options = ["-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={self.cache / 'apt'}"]
-        update = self.run("apt-get", "--quiet", *options, "update")
+        update = self.run("apt-get", "--quiet", *options, "-o", "APT::Update::Error-Mode=any", "update")
+        if update.returncode == 0 and not any(self._candidate(name, options) for name in names):
+            return  # the suite has none of them, and that is certain
         problem = self._download(names, debs, options=options, complete=False)
         if problem is not None:
             hint = f" (apt-get update: {_last_line(update)})" if update.returncode else ""

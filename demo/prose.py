@@ -4,8 +4,6 @@ Every reader gives `Document`s with blocks in reading order; menus, tables of co
 out. Nothing here knows about languages, duplicates or sizes: `corpus.py` chooses.
 """
 
-# ruff: noqa: SIM905 - word lists read better as words
-
 from __future__ import annotations
 
 import gzip

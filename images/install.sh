@@ -1,5 +1,6 @@
 #!/bin/sh
-# Inside a build: install an image's locked wheels into the base's Python, offline, and prove that torch is untouched.
+# Inside a build: install an image's locked wheels into the base's Python, offline, prove that torch is untouched, and make
+# the folders that any user may write to.
 #
 #   RUN --mount=type=bind,source=images/install.sh,target=/install.sh \
 #       --mount=type=bind,from=wheels,target=/wheels sh /install.sh
@@ -13,7 +14,13 @@ print("\n".join(sorted({f"{d.name.lower()}=={d.version}" for d in m.distribution
 }
 accelerator() { grep -E '^(torch|torchvision|torchaudio|triton|nvidia|cuda|nccl|flash.attn|transformer.engine|deepspeed)' "$1" || true; }
 
-mkdir -p /opt/estiba
+# SageMaker may hide what is baked below /opt/ml, so code and caches live in /opt/estiba. Both must be writable for a user
+# without a home, as `docker run --user` makes one.
+mkdir -p /opt/ml/input/data /opt/ml/input/config /opt/ml/output/data /opt/ml/model /opt/ml/checkpoints
+chmod 1777 /opt/ml /opt/ml/input /opt/ml/input/* /opt/ml/output /opt/ml/output/data /opt/ml/model /opt/ml/checkpoints
+mkdir -p /opt/estiba/home /opt/estiba/cache/huggingface
+chmod 1777 /opt/estiba/home /opt/estiba/cache /opt/estiba/cache/huggingface
+
 freeze >/opt/estiba/base-freeze.txt
 
 # --no-deps: the lock is complete, and a resolver would be free to replace what the base owns.

@@ -18,7 +18,7 @@ mode=build
 case "${1:-}" in --wheels | --push) mode="${1#--}"; shift ;; esac
 
 # The folder is the registry. The stand-in is not an image of its own: it is a base.
-images="$(find images -mindepth 2 -maxdepth 2 -name Dockerfile ! -path 'images/base/*' -printf '%h\n' | sed 's#.*/##' | sort | paste -sd,)"
+images="$(printf '%s\n' images/*/Dockerfile | sed 's#^images/##; s#/Dockerfile$##' | grep -vx base | paste -sd, -)"
 VERSION="$(cat VERSION)"
 REVISION="$(git rev-parse --short=12 HEAD 2>/dev/null || true)"
 export IMAGES="$images" VERSION REVISION
@@ -42,7 +42,7 @@ case "$BASE" in local) python=3.11 ;; *) python=3.12 ;; esac
 [ ${#wheels[@]} -eq 0 ] || "$TOOLS_PYTHON" scripts/wheelhouse.py --python "$python" "${wheels[@]}"
 [ "$mode" != wheels ] || exit 0
 
-bash scripts/engine.sh engine
+bash scripts/engine.sh builder
 if [ "$BASE" = local ]; then
     bash images/base/rootfs.sh
     set -- base "$@"

@@ -3,6 +3,7 @@
 #
 #   scripts/engine.sh                        # what `make engine` does: the engine, and a Python that can make a venv
 #   scripts/engine.sh engine                 # the engine alone
+#   scripts/engine.sh builder                # what a build needs: engine and buildx; a GPU is not looked at
 #   scripts/engine.sh debootstrap            # the tool images/base needs where no image can be pulled
 #   ssh user@box 'bash -s' <scripts/engine.sh   # bootstrap of a rented box: needs nothing else of this repository
 #
@@ -23,6 +24,7 @@ die() { say "$*"; exit 1; }
 have() { command -v "$1" >/dev/null 2>&1; }
 as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@"; fi; }
 
+NEEDS=engine
 TEMP_DIR=""
 trap '[ -z "$TEMP_DIR" ] || rm -rf "$TEMP_DIR"' EXIT
 
@@ -67,6 +69,7 @@ apt_get() {
     rm -f "$log"
 }
 
+in_dpkg() { dpkg-query -W -f '${Status}' "$1" 2>/dev/null | grep -q 'ok installed'; }
 in_apt() { apt-cache policy "$1" 2>/dev/null | grep -q 'Candidate: [^(]'; }
 
 # Debian 12 has engine 20.10 and compose v1. Engine 26.1, buildx 0.13 and compose 2.26 of Debian 13 need nothing newer
@@ -76,21 +79,22 @@ borrow_next_debian() {
     TEMP_DIR="$(mktemp -d)"
     chmod 755 "$TEMP_DIR"
     mkdir -p "$TEMP_DIR"/{sources,preferences,lists/partial}
-    local release uri signed option mirror="" mirror_option=""
-    while IFS='|' read -r release uri signed; do
-        case "$release" in bookworm*) ;; *) continue ;; esac
-        option=""
-        case "$signed" in /*) option="[signed-by=$signed] " ;; esac
-        printf 'deb %s%s %s main\n' "$option" "$uri" "$release"
-        if [ "$release" = bookworm ] && [ -z "$mirror" ]; then mirror="$uri" mirror_option="$option"; fi
-    done < <(apt-get indextargets --format '$(RELEASE)|$(REPO_URI)|$(SIGNED_BY)' 'Created-By: Packages' | sort -u) \
-        >"$TEMP_DIR/sources/here.list"
-    # shellcheck disable=SC1090 # the loop's variables do not leave it on older bash when it is piped; read them back
-    mirror_option="$(sed -n 's/^deb \(\[[^]]*\] \)\?\([^ ]*\) bookworm main$/\1/p' "$TEMP_DIR/sources/here.list" | head -n1)"
-    mirror="$(sed -n 's/^deb \(\[[^]]*\] \)\?\([^ ]*\) bookworm main$/\2/p' "$TEMP_DIR/sources/here.list" | head -n1)"
+    # apt tells its sources' places only once it has read them
+    [ -n "$(apt-get indextargets 2>/dev/null)" ] || apt_get update || true
+    local release uri signed option
+    # shellcheck disable=SC2016 # the dollars are apt's
+    apt-get indextargets --format '$(RELEASE)|$(REPO_URI)|$(SIGNED_BY)' 'Created-By: Packages' | sort -u |
+        while IFS='|' read -r release uri signed; do
+            case "$release" in bookworm*) ;; *) continue ;; esac
+            option=""
+            case "$signed" in /*) option="[signed-by=$signed] " ;; esac
+            printf 'deb %s%s %s main\n' "$option" "$uri" "$release"
+        done >"$TEMP_DIR/sources/here.list"
+    local mirror
+    mirror="$(sed -n 's/^\(deb .*\) bookworm main$/\1/p' "$TEMP_DIR/sources/here.list" | head -n 1)"
     [ -n "$mirror" ] || die "no 'bookworm' suite in this machine's apt sources, so there is no mirror to take Debian 13's
 docker packages from; $MANUAL"
-    printf 'deb %s%s trixie main\n' "$mirror_option" "$mirror" >"$TEMP_DIR/sources/next.list"
+    printf '%s trixie main\n' "$mirror" >"$TEMP_DIR/sources/next.list"
     cat >"$TEMP_DIR/preferences/next" <<PIN
 Package: *
 Pin: release n=trixie
@@ -140,7 +144,10 @@ install_engine() {
 # ------------------------------------------------------------------------------------------------ daemon
 
 answers() { docker info >/dev/null 2>&1; }
-plugins_answer() { docker buildx version >/dev/null 2>&1 && docker compose version >/dev/null 2>&1; }
+plugins_answer() {
+    docker buildx version >/dev/null 2>&1 || return 1
+    [ "$NEEDS" = builder ] || docker compose version >/dev/null 2>&1
+}
 
 # A pid file left by a dead machine names a process that is now something else; dockerd would refuse to start.
 forget_stale_pids() {
@@ -223,19 +230,28 @@ let_this_user_in() {
 
 ensure_engine() {
     if have docker && answers && plugins_answer; then
-        say "$(docker version --format 'Docker {{.Server.Version}} answers'), with buildx and compose v2"
+        # a build says nothing about what was there all along
+        [ "$NEEDS" = builder ] || say "$(docker version --format 'Docker {{.Server.Version}} answers'), with buildx and compose v2"
         return
     fi
-    if ! have docker || ! have dockerd || ! plugins_answer; then
+    if have docker && answers && in_dpkg docker-ce; then
+        # Docker's own packages are here, and the distribution's would push them out.
+        require_apt_and_root
+        say "the engine answers, but buildx or compose v2 is missing; installing Docker's packages for them"
+        apt_get update
+        apt_get install -y docker-buildx-plugin docker-compose-plugin || die "apt could not install the plugins; $MANUAL"
+    elif ! have docker || ! have dockerd || ! plugins_answer; then
         if have docker && answers; then say "the engine answers, but buildx or compose v2 is missing"; fi
         install_engine
     fi
     have docker && as_root docker info >/dev/null 2>&1 || start_daemon
     let_this_user_in
     docker buildx version >/dev/null 2>&1 || die "'docker buildx version' does not answer after the installation; $MANUAL"
-    docker compose version >/dev/null 2>&1 || die "'docker compose version' does not answer after the installation; $MANUAL"
+    plugins_answer || die "'docker compose version' does not answer after the installation; $MANUAL"
     say "$(docker version --format 'Docker {{.Server.Version}} answers'), with buildx and compose v2," \
         "storage driver $(docker info --format '{{.Driver}}')"
+    [ "$(docker info --format '{{.Driver}}')" != vfs ] ||
+        say "vfs is what dockerd fell back to (no overlayfs here): every layer is a full copy, slow and large"
 }
 
 # --------------------------------------------------------------------------------------------------- GPU
@@ -327,10 +343,11 @@ main() {
     [ $# -gt 0 ] || set -- engine python
     for what in "$@"; do
         case "$what" in
-            engine) ensure_engine; ensure_gpu ;;
+            engine) NEEDS=engine; ensure_engine; ensure_gpu ;;
+            builder) NEEDS=builder; ensure_engine ;;
             python) ensure_python ;;
             debootstrap) ensure_debootstrap ;;
-            *) die "unknown word '$what'; one of: engine python debootstrap" ;;
+            *) die "unknown word '$what'; one of: engine builder python debootstrap" ;;
         esac
     done
 }

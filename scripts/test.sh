@@ -13,7 +13,7 @@ export BASE="${BASE:-local}"
 bash scripts/env.sh
 pytest=(.venv/bin/python -m pytest)
 
-images() { find images -mindepth 2 -maxdepth 2 -name Dockerfile ! -path 'images/base/*' -printf '%h\n' | sed 's#.*/##' | sort; }
+images() { printf '%s\n' images/*/Dockerfile | sed 's#^images/##; s#/Dockerfile$##' | grep -vx base; }
 
 host() { "${pytest[@]}" -q "$@"; }
 

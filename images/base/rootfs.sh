@@ -62,6 +62,8 @@ from_registry() {
 
 # The mirror (URI, then keyring or nothing) that this machine's own apt sources name for the suite.
 mirror_here() {
+    # apt tells its sources' places only once it has read them
+    [ -n "$(apt-get indextargets 2>/dev/null)" ] || as_root apt-get -q update >/dev/null 2>&1 || true
     # shellcheck disable=SC2016 # the dollars are apt's
     apt-get indextargets --format '$(RELEASE)|$(REPO_URI)|$(SIGNED_BY)' 'Created-By: Packages' | sort -u |
         sed -n "s/^$SUITE|//p" | head -n 1

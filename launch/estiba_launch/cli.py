@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import datetime
-import functools
-import json
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
 import typer
 
+from . import cli_jobs, jobfile, plan, prices, scripts
 from . import doctor as checks
-from . import jobfile, plan, prices, scripts
-from .errors import EXIT_INTERRUPTED, EXIT_JOB_FAILED, LaunchError
-from .forecast import Assumptions
+from .console import (
+    AsJson,
+    Cpus,
+    Encoding,
+    EnvFile,
+    Gpus,
+    Interruptions,
+    JobPath,
+    LikeInstance,
+    Memory,
+    NoticeSaves,
+    PriceFile,
+    Region,
+    SaveSeconds,
+    Settings,
+    ShmSize,
+    TargetName,
+    WorkSeconds,
+    assume,
+    command,
+    host_options,
+    say,
+    show_json,
+)
+from .errors import EXIT_JOB_FAILED, LaunchError
 from .target import Target
 from .variables import parse_settings
 
@@ -27,77 +45,8 @@ Exit codes: 0 done, 1 the job failed, 2 invalid input, 3 refused by budget, 4 in
 app = typer.Typer(name="estiba", help=HELP, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 prices_app = typer.Typer(help="What instance types cost.", invoke_without_command=True, rich_markup_mode=None)
 app.add_typer(prices_app, name="prices")
-
-Call = TypeVar("Call", bound=Callable[..., Any])
-
-
-def command(function: Call) -> Call:
-    """Turn LaunchError and Ctrl-C into a message on stderr and an exit code; no traceback reaches a person."""
-
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return function(*args, **kwargs)
-        except LaunchError as error:
-            say(f"estiba: {error}")
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            raise typer.Exit(EXIT_INTERRUPTED) from None
-        except BrokenPipeError:
-            # `estiba list | head`: the reader has what it wanted.
-            sys.stdout = None
-            raise typer.Exit(0) from None
-
-    return wrapped  # type: ignore[return-value]
-
-
-def say(text: str) -> None:
-    """One message for the person, on stderr."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def show_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
-
-
-JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="Job file, such as images/embed/job.yaml.")]
-TargetName = Annotated[
-    str | None, typer.Option("--target", metavar="TARGET", help="local, sagemaker or ssh://user@host[:port].")
-]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Value of a ${VARIABLE}; may be repeated.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-PriceFile = Annotated[Path | None, typer.Option("--prices", metavar="FILE", help="Price table laid over the others.")]
-Region = Annotated[
-    str | None, typer.Option("--region", envvar=["AWS_REGION", "AWS_DEFAULT_REGION"], help="Region of the prices.")
-]
-Interruptions = Annotated[float, typer.Option(help="Forecast: spot interruptions an hour.")]
-SaveSeconds = Annotated[float, typer.Option("--save-s", help="Forecast: seconds one checkpoint takes.")]
-NoticeSaves = Annotated[float, typer.Option(help="Forecast: chance that the notice is long enough to save (0-1).")]
-WorkSeconds = Annotated[
-    float | None, typer.Option("--work-s", help="Forecast: seconds of work; default is 70% of the limit.")
-]
-Gpus = Annotated[str, typer.Option(help="auto (all if this machine has any), all, none or a number.")]
-ShmSize = Annotated[str, typer.Option(help="Shared memory of each host.")]
-Memory = Annotated[str | None, typer.Option(help="Memory limit of each host, such as 16g.")]
-Cpus = Annotated[float | None, typer.Option(help="CPU limit of each host.")]
-LikeInstance = Annotated[
-    bool, typer.Option("--like-instance", help="Limit each host to the memory and vCPUs of its instance type.")
-]
-Encoding = Annotated[str, typer.Option(help="Hyperparameters as plain text (SDK v3) or json (SDK v2).")]
-EnvFile = Annotated[
-    Path | None, typer.Option("--env-file", metavar="FILE", help="NAME=VALUE lines for the container; never stored.")
-]
-
-
-def assume(interruptions: float, save_s: float, notice_saves: float, work_s: float | None) -> Assumptions:
-    try:
-        return Assumptions(
-            interruptions_per_hour=interruptions, save_s=save_s, notice_saves=notice_saves, work_s=work_s
-        )
-    except ValueError as error:
-        raise LaunchError(f"forecast: {error}") from None
+for name, function in cli_jobs.COMMANDS.items():
+    app.command(name)(function)
 
 
 @app.command("plan")
@@ -154,30 +103,6 @@ def plan_command(
     if as_json:
         documents = [planned.to_json() for planned in shown]
         show_json(documents[0] if target else documents)
-
-
-def host_options(
-    loaded: jobfile.JobFile,
-    gpus: str,
-    shm_size: str,
-    memory: str | None,
-    cpus: float | None,
-    like_instance: bool,
-    encoding: str,
-    env_file: Path | None,
-    tables: prices.Prices,
-) -> scripts.HostOptions:
-    """What the machine gives each host, from the flags. Raises LaunchError for flags that make no sense."""
-    return scripts.read_options(
-        gpus=gpus,
-        shm_size=shm_size,
-        memory=memory,
-        cpus=cpus,
-        encoding=encoding,
-        env_file=str(env_file) if env_file else None,
-        like=tables.get(prices.hosts_of(loaded.request)[0][0]) if like_instance else None,
-        has_gpu_instance=loaded.target.kind == "ssh",
-    )
 
 
 @prices_app.callback(invoke_without_command=True)

@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
@@ -24,7 +24,7 @@ from estiba.errors import ConfigError
 ENV_PREFIX = "ESTIBA_"
 RESERVED_ENV = frozenset(
     """ESTIBA_ROOT ESTIBA_WORKLOAD ESTIBA_INSTANCE_TYPE ESTIBA_STOP_GRACE_S ESTIBA_MAX_RUNTIME_S ESTIBA_SPOT_NOTICE
-    ESTIBA_PRICE_USD_PER_H ESTIBA_IMAGE ESTIBA_VERSION ESTIBA_LOG_INTERVAL_S""".split()
+    ESTIBA_PRICE_USD_PER_H ESTIBA_IMAGE ESTIBA_VERSION ESTIBA_REVISION ESTIBA_LOG_INTERVAL_S""".split()
 )
 """Variables of the job layer itself; any other ESTIBA_… must be a field."""
 AMBIENT_ENV = frozenset({"COLUMNS", "LINES", "HOME", "USER", "PATH", "PWD", "SHELL", "TERM", "LANG", "HOSTNAME"})
@@ -34,7 +34,9 @@ AMBIENT_ENV = frozenset({"COLUMNS", "LINES", "HOME", "USER", "PATH", "PWD", "SHE
 class Config(BaseModel):
     """Base of every workload's configuration: frozen, nothing unknown, docstrings as help."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 C = TypeVar("C", bound=Config)
@@ -88,7 +90,7 @@ def _from_hyperparameters(cls: type[Config], values: Mapping[str, str], problems
             continue
         value = _unquote(raw)
         if name in given and given[name].value != value:
-            problems.append(f"hyperparameters {given[name].origin!r} and {key!r} are the same setting; give one of them")
+            problems.append(f"{given[name].origin} and {key!r} are the same setting with different values; give one of them")
         given[name] = _Given(value, f"hyperparameter {key!r}")
     return given
 
@@ -114,12 +116,17 @@ def _from_environment(cls: type[Config], environ: Mapping[str, str], problems: l
 
 
 def _from_flags(cls: type[Config], argv: Sequence[str], problems: list[str]) -> dict[str, _Given]:
-    parser = parser_of(cls)
-    try:
-        known, rest = parser.parse_known_args(_normalized(argv))
-    except _FlagError as error:
-        problems.append(str(error))
-        return {}
+    parser, items = parser_of(cls), _normalized(argv)
+    while True:
+        try:
+            known, rest = parser.parse_known_args(items)
+            break
+        except argparse.ArgumentError as error:  # a flag without its value: say so, and look at the others all the same
+            at = _valueless(items, error.argument_name)
+            if at is None:
+                problems.append(f"{error}; --help lists every flag")
+                return {}
+            problems.append(f"flag {items.pop(at)} needs a value; one that begins with a dash is written --name=-value")
     problems += [_unknown("flag", item, cls, flag_of) for item in rest if item.startswith("-")]
     stray = [item for item in rest if not item.startswith("-")]
     if stray and not any(item.startswith("-") for item in rest):
@@ -127,28 +134,29 @@ def _from_flags(cls: type[Config], argv: Sequence[str], problems: list[str]) -> 
     return {name: _Given(value, f"flag {flag_of(name)}") for name, value in vars(known).items()}
 
 
-class _FlagError(Exception):
-    pass
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise _FlagError(f"{message}; --help lists every flag")
+def _valueless(items: Sequence[str], flag: str | None) -> int | None:
+    """Where a flag stands that is followed by another one or by nothing."""
+    for index, item in enumerate(items):
+        if item == flag and (index + 1 == len(items) or items[index + 1].startswith("-")):
+            return index
+    return None
 
 
 def parser_of(cls: type[Config], prog: str | None = None) -> argparse.ArgumentParser:
     """The flags of a configuration, with each field's docstring and default as help."""
-    parser = _Parser(
+    parser = argparse.ArgumentParser(
         prog=prog,
         description=(cls.__doc__ or "").strip(),
         epilog="Each flag is also an environment variable (ESTIBA_TEXT_COLUMN) and a hyperparameter (text-column).",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
+        exit_on_error=False,
     )
     for name, info in cls.model_fields.items():
-        is_switch = _kinds(info.annotation) == {bool}
+        is_switch = _kinds(info.annotation) - {type(None)} == {bool}
         default = info.get_default(call_default_factory=True)
-        text = " ".join((info.description or "").split()) + f" [{'off' if default is None else default}]"
+        shown = "required" if info.is_required() else "off" if default is None else default
+        text = " ".join((info.description or "").split()) + f" [{shown}]"
         choices = [str(choice) for choice in _choices(info)]
         parser.add_argument(
             flag_of(name),
@@ -199,7 +207,8 @@ def _prepare(info: FieldInfo, value: Any) -> Any:
             except json.JSONDecodeError:
                 pass
         return [item.strip() for item in value.split(",") if item.strip()]
-    return value if kinds & {str} else value.strip()
+    value = value if kinds & {str} else value.strip()
+    return next((choice for choice in _choices(info) if str(choice) == value), value)  # Literal[4, 8] is told "8"
 
 
 def _kinds(annotation: Any) -> set[Any]:
@@ -227,11 +236,8 @@ def _explain(cls: type[Config], given: Mapping[str, _Given], detail: Any) -> str
     if item is None:
         return f"{flag_of(name)}: {message}" if name else message
     info = cls.model_fields[name]
-    default = info.get_default(call_default_factory=True)
-    return (
-        f"{item.origin} is {item.value!r}: {message[:1].lower()}{message[1:]}; "
-        f"give another value or leave it out for {default!r}"
-    )
+    otherwise = "" if info.is_required() else f" or leave it out for {info.get_default(call_default_factory=True)!r}"
+    return f"{item.origin} is {item.value!r}: {message[:1].lower()}{message[1:]}; give another value{otherwise}"
 
 
 def _unknown(what: str, seen: str, cls: type[Config], spell: Any, extra: Iterable[str] = ()) -> str:

@@ -92,7 +92,12 @@ class Job:
         root = root_of(environ)
         config_dir = root / "input/config"
         resources = _read_object(config_dir / "resourceconfig.json")
-        hosts = tuple(sorted(resources.get("hosts") or ["algo-1"], key=_host_order))
+        given = resources.get("hosts") or ["algo-1"]
+        if not isinstance(given, list) or not all(isinstance(host, str) for host in given):
+            raise ConfigError(
+                f"{config_dir / 'resourceconfig.json'}: hosts is {given!r}; it must be a list of names, such as [\"algo-1\"]"
+            )
+        hosts = tuple(sorted(given, key=_host_order))
         current_host = str(resources.get("current_host") or environ.get("CURRENT_HOST") or hosts[0])
         if current_host not in hosts:
             raise ConfigError(
@@ -134,17 +139,27 @@ def _channels(root: Path, config: Mapping[str, Any]) -> dict[str, Channel]:
     data_dir = root / "input/data"
     channels = {}
     for name, given in config.items():
+        if not isinstance(given, dict):
+            raise ConfigError(
+                f"{root / 'input/config/inputdataconfig.json'}: channel {name!r} is {given!r}; it must be an object, "
+                'such as {"TrainingInputMode": "File"}'
+            )
         channels[name] = Channel(
             name=name,
             path=data_dir / name,
-            mode=given.get("TrainingInputMode", "File"),
-            distribution=given.get("S3DistributionType", FULL),
+            mode=given.get("TrainingInputMode") or "File",
+            distribution=given.get("S3DistributionType") or FULL,
             content_type=given.get("ContentType"),
         )
-    if data_dir.is_dir():  # a plain `docker run -v` brings channels without a config file
-        for child in sorted(data_dir.iterdir()):
-            if child.is_dir() and child.name not in channels:
-                channels[child.name] = Channel(name=child.name, path=child)
+    try:
+        if data_dir.is_dir():  # a plain `docker run -v` brings channels without a config file
+            for child in sorted(data_dir.iterdir()):
+                if child.is_dir() and child.name not in channels:
+                    channels[child.name] = Channel(name=child.name, path=child)
+    except OSError as error:
+        raise ConfigError(
+            f"{data_dir}: cannot be read ({error.strerror}) by user {os.getuid()}; make it readable or change --user"
+        ) from None
     return channels
 
 

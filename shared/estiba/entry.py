@@ -57,7 +57,6 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         say(f"error: {error}")
         write_failure(failure_path, str(error))
         code = error.exit_code
-    sys.stdout.flush()
     sys.exit(code)
 
 
@@ -98,11 +97,12 @@ class Supervisor:
     def __init__(self, command: Command, failure_path: Path, grace_s: float) -> None:
         self.command = command
         self.failure_path = failure_path
-        self.grace_s = grace_s
+        self.stop_s = max(1.0, grace_s - RESERVE_S)
         self._stopping: signal.Signals | None = None
         self._deadline = float("inf")
         self._killed = False
         self._tail = bytearray()
+        self._is_writing = False
         self._oom_kills_before = _oom_kills()
 
     def run(self) -> int:
@@ -110,6 +110,7 @@ class Supervisor:
         with contextlib.suppress(OSError, AttributeError):  # outside a container we are not PID 1; orphans come to us still
             ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         handled = {*FORWARDED, signal.SIGCHLD}
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, it would hide every exit status
         signal.pthread_sigmask(signal.SIG_BLOCK, handled)
         child, pump = self._start()
         status: int | None = None
@@ -119,12 +120,12 @@ class Supervisor:
             if info is not None and info.si_signo != signal.SIGCHLD:
                 self._forward(child.pid, signal.Signals(info.si_signo))
             elif time.monotonic() >= self._deadline and not self._killed:
-                self._kill(child.pid)
+                self._kill()
             for pid, ended in _reap():
                 if pid == child.pid:
                     status = ended
         if pump is not None:
-            pump.join(timeout=1.0)
+            self._drain(pump)
         return self._explain(os.waitstatus_to_exitcode(status))
 
     def _start(self) -> tuple[subprocess.Popen[bytes], threading.Thread | None]:
@@ -157,21 +158,30 @@ class Supervisor:
     def _pump(self, source: int) -> None:
         while chunk := os.read(source, 65536):
             self._tail = (self._tail + chunk)[-TAIL_BYTES:]
+            self._is_writing = True
             with contextlib.suppress(OSError):
                 while chunk:
                     chunk = chunk[os.write(2, chunk) :]
+            self._is_writing = False
+
+    def _drain(self, pump: threading.Thread) -> None:
+        """Let the last words out. A slow reader is waited for, as the child would have; a stop is not kept waiting."""
+        pump.join(timeout=1.0)
+        while pump.is_alive() and self._is_writing and not self._stopping and not signal.sigpending() & {*STOPPING}:
+            pump.join(timeout=0.2)
 
     def _forward(self, child: int, signum: signal.Signals) -> None:
         if signum in STOPPING and self._stopping is None:
             self._stopping = signum
-            self._deadline = time.monotonic() + max(1.0, self.grace_s - RESERVE_S)
+            self._deadline = time.monotonic() + self.stop_s
         for pid in _receivers(child, self.command.is_toolkit):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signum)
 
-    def _kill(self, child: int) -> None:
+    def _kill(self) -> None:
         self._killed = True
-        say(f"{self.grace_s - RESERVE_S:.0f} s after the signal something is still running: killed")
+        self._deadline = float("inf")  # what does not die of this (a stuck driver) is waited for, not spun on
+        say(f"{self.stop_s:.0f} s after the signal something is still running: killed")
         for pid in _descendants(os.getpid()):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -198,7 +208,7 @@ class Supervisor:
         if code == 128 + signal.SIGKILL and _oom_kills() > self._oom_kills_before:
             return f"out of memory: {what} was killed at the container's limit of {_memory_limit()}; give it more memory"
         if self._killed:
-            return f"{what} did not stop within {self.grace_s - RESERVE_S:.0f} s of {self._stopping.name}: killed"  # type: ignore[union-attr]
+            return f"{what} did not stop within {self.stop_s:.0f} s of {self._stopping.name}: killed"  # type: ignore[union-attr]
         if self._stopping is not None:
             return f"stopped by {self._stopping.name}: {what} ended with {code}"
         if code > 128:

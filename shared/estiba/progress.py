@@ -6,6 +6,7 @@ A line is `name=value` pairs: `rows=48210 rows_per_s=812.4 eta_s=61`. The same n
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
@@ -74,7 +75,7 @@ class Progress:
             text = " ".join(f"{name}={_plain(value)}" for name, value in values.items() if value is not None)
             print(text, file=self._stream, flush=True)
         if self._metrics is not None:
-            record = json.dumps({"time": round(time.time(), 3), **values})
+            record = json.dumps({"time": round(time.time(), 3), **{name: _strict(value) for name, value in values.items()}})
             try:
                 with open(self._metrics, "a", encoding="utf-8") as file:
                     file.write(record + "\n")
@@ -92,5 +93,12 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def _strict(value: Any) -> Any:
+    """JSON has no NaN and no infinity; readers of the file may be strict."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _plain(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) and abs(value) < 10 else f"{value:.0f}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"

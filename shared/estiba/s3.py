@@ -8,9 +8,11 @@ costs a minute. Credentials are asked for again every few minutes, and at once w
 from __future__ import annotations
 
 import contextlib
+import html
 import io
 import os
 import queue
+import re
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -45,18 +47,22 @@ class S3ObjectStore(Store):
     is_durable = True
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        if not parts.netloc:
+        self.bucket, _, prefix = url.partition("://")[2].partition("/")  # a # or ? in a key is part of the key
+        if not self.bucket:
             raise ConfigError(f"{url}: names no bucket; write s3://BUCKET/PREFIX")
         self.url = url.rstrip("/")
-        self.bucket = parts.netloc
-        self.prefix = parts.path.strip("/")
+        self.prefix = prefix.strip("/")
         self._store = self._connect()
 
     def _connect(self) -> S3Store:
         environ = os.environ
         endpoint = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL")
-        session = boto3.Session()
+        if endpoint and not (urlsplit(endpoint).scheme in ("http", "https") and urlsplit(endpoint).hostname):
+            raise ConfigError(f"the S3 endpoint {endpoint!r} (AWS_ENDPOINT_URL_S3) is not a URL; write http://HOST:PORT")
+        try:
+            session = boto3.Session()
+        except botocore.exceptions.BotoCoreError as error:
+            raise StoreError(f"{self.url}: {error}; correct AWS_PROFILE or the AWS configuration file") from None
         options: dict[str, Any] = {
             "region": environ.get("AWS_REGION") or session.region_name or "us-east-1",
             "virtual_hosted_style_request": endpoint is None and "." not in self.bucket,
@@ -73,26 +79,37 @@ class S3ObjectStore(Store):
                     f"{self.url}: no AWS credentials found; give the job a role, set AWS_ACCESS_KEY_ID and "
                     "AWS_SECRET_ACCESS_KEY, or AWS_NO_SIGN_REQUEST=1 for a public bucket"
                 ) from None
+            except botocore.exceptions.BotoCoreError as error:
+                raise StoreError(f"{self.url}: no usable AWS credentials ({error}); correct them or give a role") from None
             options["credential_provider"].config.pop("region", None)  # one source for the region: ours
         client: dict[str, Any] = {
             "allow_http": bool(endpoint and endpoint.startswith("http://")),
             "connect_timeout": timedelta(seconds=10),
             "timeout": timedelta(seconds=120),
         }
-        if environ.get("AWS_CA_BUNDLE"):
-            client["root_certificate"] = Path(environ["AWS_CA_BUNDLE"]).read_bytes()
-        return S3Store(
-            self.bucket,
-            prefix=self.prefix or None,
-            client_options=client,
-            # Jitter makes obstore's ten default retries last two seconds; the clock is the bound here.
-            retry_config={
-                "max_retries": 1000,
-                "retry_timeout": RETRY_TIMEOUT,
-                "backoff": {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=8), "base": 2},
-            },
-            **options,
-        )
+        try:
+            if environ.get("AWS_CA_BUNDLE"):
+                client["root_certificate"] = Path(environ["AWS_CA_BUNDLE"]).read_bytes()
+            return S3Store(
+                self.bucket,
+                prefix=self.prefix or None,
+                client_options=client,
+                # Jitter makes obstore's ten default retries last two seconds; the clock is the bound here.
+                retry_config={
+                    "max_retries": 1000,
+                    "retry_timeout": RETRY_TIMEOUT,
+                    "backoff": {
+                        "init_backoff": timedelta(milliseconds=200),
+                        "max_backoff": timedelta(seconds=8),
+                        "base": 2,
+                    },
+                },
+                **options,
+            )
+        except (BaseError, OSError, ValueError) as error:
+            raise ConfigError(
+                f"{self.url}: {_first_line(error)}; check the URL, AWS_ENDPOINT_URL_S3 and AWS_CA_BUNDLE"
+            ) from error
 
     def list(self, prefix: str = "") -> list[Entry]:
         def collect() -> list[Entry]:
@@ -121,6 +138,8 @@ class S3ObjectStore(Store):
         if length is None and start == 0:
             return self._do(path, lambda: bytes(obstore.get(self._store, path).bytes()))
         end = length if length is not None else self._size(path) - start
+        if end == 0:
+            return b""
         data = self._do(path, lambda: bytes(obstore.get_range(self._store, path, start=start, length=end)))
         if len(data) != end:
             raise StoreError(f"{self.url_of(path)}: {len(data)} bytes at {start} where {end} were asked for; try again")
@@ -180,8 +199,8 @@ class S3ObjectStore(Store):
         try:
             try:
                 return action()
-            except (PermissionDeniedError, UnauthenticatedError) as error:
-                if not may_repeat or not any(word in str(error) for word in ("Expired", "TokenRefreshRequired")):
+            except (BaseError, OSError) as error:
+                if not may_repeat or not _may_be_expired(error):
                     raise
                 self._store = self._connect()
                 return action()
@@ -191,13 +210,17 @@ class S3ObjectStore(Store):
             if not missing_is_error:
                 raise
             raise StoreError(f"{url}: {_first_line(error)}; check the bucket and the prefix") from error
-        except (PermissionDeniedError, UnauthenticatedError) as error:
-            raise StoreError(
-                f"{url}: access denied ({_first_line(error)}); allow this role s3:GetObject, s3:ListBucket and, "
-                "for outputs, s3:PutObject and s3:DeleteObject"
-            ) from error
         except (BaseError, OSError, ValueError, botocore.exceptions.BotoCoreError) as error:
-            raise StoreError(f"{url}: {_first_line(error)}; check the endpoint, the region and the network") from error
+            text = _first_line(error)
+            if _is_denied(error):
+                raise StoreError(
+                    f"{url}: access denied ({text}); allow this role s3:GetObject, s3:ListBucket and, "
+                    "for outputs, s3:PutObject and s3:DeleteObject"
+                ) from error
+            if "Error parsing Path" in text:
+                remedy = "a name with empty, . or .. parts or control characters cannot be used; rename the object"
+                raise StoreError(f"{url}: {text}; {remedy}") from error
+            raise StoreError(f"{url}: {text}; check the endpoint, the region and the network") from error
 
 
 class _RangedFile(io.RawIOBase):
@@ -251,11 +274,12 @@ class _Upload(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         self._pending += data
-        self._written += len(data)
+        size_bytes = memoryview(data).nbytes  # not len: an array of floats has fewer items than bytes
+        self._written += size_bytes
         while len(self._pending) >= PART_BYTES:
             self._send(bytes(self._pending[:PART_BYTES]))
             del self._pending[:PART_BYTES]
-        return len(data)
+        return size_bytes
 
     def finish(self) -> None:
         if self._thread is None:
@@ -309,7 +333,20 @@ class _Abandoned(Exception):
     """The block that wrote the object raised."""
 
 
+def _is_denied(error: BaseException) -> bool:
+    """A listing that is denied comes as a generic error."""
+    return isinstance(error, (PermissionDeniedError, UnauthenticatedError)) or "403 Forbidden" in str(error)
+
+
+def _may_be_expired(error: BaseException) -> bool:
+    """Whether new credentials could help: S3 says so with status 400, others with 403, and a HEAD has no words at all."""
+    text = str(error)
+    return _is_denied(error) or "ExpiredToken" in text or ("performing HEAD" in text and "400 Bad Request" in text)
+
+
 def _first_line(error: BaseException) -> str:
-    """obstore's message without its Rust debug dump."""
+    """obstore's message without its Rust debug dump; S3's own words where it said any."""
     text = str(error).split("\n\nDebug source:")[0]
+    if said := re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", text, re.DOTALL):
+        text = f"{said[1]}: {html.unescape(said[2])}"
     return " ".join(text.split())[:400] or type(error).__name__

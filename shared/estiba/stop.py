@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import _thread
+import contextlib
+import http.client
+import json
 import os
 import signal
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from types import FrameType
 
 from estiba.errors import ConfigError, Interrupted
@@ -19,6 +23,9 @@ GRACE_S = 120.0
 SPOT_POLL_S = 5.0
 SPOT_NOTICE_S = 120.0
 """EC2 announces a spot interruption two minutes ahead at best."""
+
+# The notice comes from this host's own hypervisor; a proxy from the environment would never hear of it.
+_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class Stop:
@@ -35,7 +42,9 @@ class Stop:
         self.reason: str | None = None
         self.signum: int | None = None
         self._deadline: float | None = None
+        self._asked = False
         self._event = threading.Event()
+        self._max_runtime_s = max_runtime_s
         self._runtime_end = None if max_runtime_s is None else time.monotonic() + max_runtime_s
         self._spot_notice = spot_notice
 
@@ -60,19 +69,23 @@ class Stop:
 
     def request(self, reason: str, *, seconds_left: float | None = None, signum: int | None = None) -> None:
         """Raise the flag. The first reason is kept."""
-        if self._event.is_set():
+        if self._asked:
             return
         self.reason, self.signum = reason, signum
         self._deadline = time.monotonic() + (self.grace_s if seconds_left is None else seconds_left)
-        self._event.set()
+        self._asked = True
+        # A signal handler runs inside the main thread, which may be inside `wait` and hold the event's lock: setting
+        # the event from there would wait for itself. Another thread can wait until the lock is free.
+        with contextlib.suppress(RuntimeError):  # no thread to be had: `wait` sees the flag when its time is up
+            _thread.start_new_thread(self._event.set, ())
 
     def __call__(self) -> bool:
         """True once something asked to stop."""
-        return self._event.is_set()
+        return self._asked
 
     def wait(self, timeout_s: float) -> bool:
         """Sleep, but no longer than until the flag is raised."""
-        return self._event.wait(timeout_s)
+        return self._asked or self._event.wait(timeout_s) or self._asked
 
     def seconds_left(self) -> float | None:
         """Seconds until the process will be killed; None while nothing asked to stop."""
@@ -83,12 +96,13 @@ class Stop:
         return Interrupted(f"stopped by {self.reason}: {what_is_safe}; run the same command again to go on", self.signum)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if self._event.is_set() and self.signum is not None:
+        if self._asked and self.signum is not None:
             os._exit(128 + signum)
         name = signal.Signals(signum).name
         # os.write, since a handler may run in the middle of a buffered write
-        os.write(2, f"{name} received: finishing, at most {self.grace_s:.0f} s; once more ends at once\n".encode())
-        if self._event.is_set():  # the clock or a notice came first; the signal now sets the exit status
+        with contextlib.suppress(OSError):  # nobody reads the log any more: no reason to fail in the middle of a step
+            os.write(2, f"{name} received: finishing, at most {self.grace_s:.0f} s; once more ends at once\n".encode())
+        if self._asked:  # the clock or a notice came first; the signal now sets the exit status
             self.signum = signum
         self.request(name, signum=signum)
 
@@ -96,16 +110,27 @@ class Stop:
         threading.Thread(target=target, name=f"estiba-{target.__name__.strip('_')}", daemon=True).start()
 
     def _wait_for_runtime_end(self) -> None:
-        assert self._runtime_end is not None
-        remaining = self._runtime_end - self.grace_s - time.monotonic()
+        assert self._runtime_end is not None and self._max_runtime_s is not None
+        # A limit shorter than the grace period must not stop the job before its first step.
+        reserve_s = min(self.grace_s, self._max_runtime_s / 2)
+        remaining = self._runtime_end - reserve_s - time.monotonic()
         if not self._event.wait(max(0.0, remaining)):
             self.request("the runtime limit", seconds_left=max(0.0, self._runtime_end - time.monotonic()))
 
     def _wait_for_spot_notice(self) -> None:
         base = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254").rstrip("/")
         while not self._event.wait(SPOT_POLL_S):
-            if _spot_action(base):
-                self.request("the EC2 spot notice", seconds_left=SPOT_NOTICE_S)
+            if action := _spot_action(base):
+                self.request("the EC2 spot notice", seconds_left=_seconds_to(action))
+
+
+def _seconds_to(action: str) -> float:
+    """Seconds until the time that a notice gives, `{"action": "terminate", "time": "2026-09-18T08:22:00Z"}`."""
+    try:
+        time_given = datetime.strptime(json.loads(action)["time"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+        return min(SPOT_NOTICE_S, max(0.0, time_given.timestamp() - time.time()))
+    except (ValueError, KeyError, TypeError):
+        return SPOT_NOTICE_S
 
 
 def _spot_action(base: str) -> str | None:
@@ -114,14 +139,14 @@ def _spot_action(base: str) -> str | None:
         token_request = urllib.request.Request(
             f"{base}/latest/api/token", method="PUT", headers={"X-aws-ec2-metadata-token-ttl-seconds": "60"}
         )
-        with urllib.request.urlopen(token_request, timeout=2) as response:
+        with _direct.open(token_request, timeout=2) as response:
             token = response.read().decode()
         request = urllib.request.Request(
             f"{base}/latest/meta-data/spot/instance-action", headers={"X-aws-ec2-metadata-token": token}
         )
-        with urllib.request.urlopen(request, timeout=2) as response:
+        with _direct.open(request, timeout=2) as response:
             return response.read().decode()
-    except (urllib.error.URLError, OSError):  # 404 means no notice; anything else is asked again
+    except (OSError, http.client.HTTPException, ValueError):  # 404 means no notice; anything else is asked again
         return None
 
 
@@ -140,5 +165,6 @@ def seconds(environ: Mapping[str, str], name: str) -> float | None:
 
 
 def say(message: str) -> None:
-    """One line to the log."""
-    print(message, file=sys.stderr, flush=True)
+    """One line to the log. A log that nobody reads any more is no reason to fail."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)

@@ -11,13 +11,15 @@ import fcntl
 import io
 import os
 import shutil
+import stat
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
-from urllib.parse import unquote, urlsplit
+from typing import Any, BinaryIO, cast
+from urllib.parse import unquote
 
 from estiba.errors import ConfigError, StoreError
 
@@ -84,11 +86,15 @@ class Store(ABC):
 def open_store(location: str | os.PathLike[str]) -> Store:
     """The store at a URL or path. Raises ConfigError for a scheme that is not known."""
     text = os.fspath(location)
-    scheme = urlsplit(text).scheme if "://" in text else ""
-    if scheme == "":
+    scheme, separator, rest = text.partition("://")  # not urlsplit: a # or ? in a name is part of the name
+    scheme = scheme.lower()
+    if not separator:
         return FileStore(Path(text))
     if scheme == "file":
-        return FileStore(Path(unquote(urlsplit(text).path)))
+        host, _, path = rest.partition("/")
+        if host not in ("", "localhost"):
+            raise ConfigError(f"{text}: names the host {host!r}; a file URL has three slashes: file:///{rest}")
+        return FileStore(Path("/" + unquote(path)))
     if scheme == "s3":
         from estiba.s3 import S3ObjectStore  # keeps start-up light where no S3 is used
 
@@ -116,15 +122,18 @@ class FileStore(Store):
 
     def list(self, prefix: str = "") -> list[Entry]:
         found = []
-        seen: set[tuple[int, int]] = set()
+        above: dict[str, frozenset[tuple[int, int]]] = {}
         with _explained(self.url_of(prefix)):
             for folder, folders, names in os.walk(self.path_of(prefix), followlinks=True, onerror=_raise_unless_absent):
                 here = os.stat(folder)
-                if (here.st_dev, here.st_ino) in seen:  # a link back up would never end
+                parents = above.get(os.path.dirname(folder), frozenset())
+                if (here.st_dev, here.st_ino) in parents:  # a link back up would never end
                     folders.clear()
                     continue
-                seen.add((here.st_dev, here.st_ino))
+                above[folder] = parents | {(here.st_dev, here.st_ino)}
                 for name in names:
+                    if name.endswith(TEMPORARY_SUFFIX):  # not published, as an upload on its way to S3
+                        continue
                     full = os.path.join(folder, name)
                     try:
                         size = os.stat(full).st_size
@@ -134,8 +143,12 @@ class FileStore(Store):
         return sorted(found, key=lambda entry: entry.path)
 
     def head(self, path: str) -> Entry | None:
-        full = self.path_of(path)
-        return Entry(path, full.stat().st_size) if full.is_file() else None
+        with _explained(self.url_of(path)):
+            try:
+                status = self.path_of(path).stat()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        return Entry(path, status.st_size) if stat.S_ISREG(status.st_mode) else None
 
     def read(self, path: str, start: int = 0, length: int | None = None) -> bytes:
         with _explained(self.url_of(path)), open(self.path_of(path), "rb") as file:
@@ -156,29 +169,29 @@ class FileStore(Store):
         final = self.path_of(path)
         # The name is a function of the final one, so that what a killed process left is overwritten by the next.
         beside = final.with_name(f".{final.name}{TEMPORARY_SUFFIX}")
-        with _explained(self.url_of(path)):
+        url = self.url_of(path)
+        with _explained(url):
             final.parent.mkdir(parents=True, exist_ok=True)
-            file = open(beside, "ab")
-            try:
-                _lock(file, self.url_of(path))
-                file.truncate(0)
-                yield file
+            descriptor = _open_locked(beside, url)
+        file = io.BufferedWriter(_Output(descriptor, url))
+        try:
+            yield file
+            with _explained(url):
                 file.flush()
-                os.fsync(file.fileno())
+                os.fsync(descriptor)
                 os.rename(beside, final)
                 sync_directory(final.parent)
-            except BaseException as error:
-                if not isinstance(error, StoreError):  # held by another process: not ours to remove
-                    with contextlib.suppress(OSError):
-                        beside.unlink()
-                raise
-            finally:
-                with contextlib.suppress(OSError):  # a full disk says so once more on close
-                    file.close()
+        except BaseException:
+            with contextlib.suppress(OSError):
+                beside.unlink()
+            raise
+        finally:
+            with contextlib.suppress(OSError, StoreError):  # a full disk says so once more on close
+                file.close()
 
     def write_new(self, path: str, data: bytes) -> bool:
         final = self.path_of(path)
-        beside = final.with_name(f".{final.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+        beside = final.with_name(f".{final.name}.{os.getpid()}-{threading.get_ident()}{TEMPORARY_SUFFIX}")
         with _explained(self.url_of(path)):
             final.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -254,19 +267,48 @@ def exact_reader(raw: io.RawIOBase, buffer_bytes: int) -> BinaryIO:
     return cast(BinaryIO, io.BufferedReader(raw, buffer_bytes))
 
 
-def _lock(file: BinaryIO, url: str) -> None:
+class _Output(io.FileIO):
+    """The file of a writer. Errors of writing it are its object's; whatever else the writer's block raises is not."""
+
+    def __init__(self, descriptor: int, url: str) -> None:
+        super().__init__(descriptor, "w")
+        self._url = url
+
+    def write(self, data: Any) -> int:
+        with _explained(self._url):
+            return super().write(data)
+
+
+def _open_locked(path: Path, url: str) -> int:
+    """An empty file to write, held for this process. Raises StoreError where another one holds it."""
+    while True:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise StoreError(
+                        f"{url}: another process is writing it; two jobs share this directory, give each its own"
+                    ) from None
+            if _is_at(descriptor, path):
+                os.ftruncate(descriptor, 0)
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # between opening and locking another process published this very file: not ours to empty
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise StoreError(
-            f"{url}: another process is writing it; two jobs share this directory, give each its own"
-        ) from None
-    except OSError:
-        pass  # a file system without locks
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _raise_unless_absent(error: OSError) -> None:
-    if error.errno != errno.ENOENT:
+    if error.errno not in (errno.ENOENT, errno.ENOTDIR):
         raise error
 
 

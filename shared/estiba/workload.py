@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -49,6 +50,7 @@ def _end(failure_path: Path | None, text: str, code: int) -> NoReturn:
         from estiba.contract import root_of
 
         write_failure(failure_path or root_of() / "output/failure", text)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a reader that left (`| head`) does not change what the job did
+            stream.flush()
     os._exit(code)  # threads that are stuck in a read or an upload must not keep a decided job alive

@@ -20,6 +20,7 @@ DAY = datetime.date(2026, 10, 1)
 LOCAL_VALUES = {
     "JOB_NAME": "embed-golden",
     "DATASET_URI": "file:///srv/my data",
+    "MODEL_URI": "file:///srv/model",
     "OUTPUT_URI": "file:///srv/out",
     "CHECKPOINT_URI": "file:///srv/checkpoints",
 }
@@ -28,6 +29,7 @@ AWS_VALUES = {
     "IMAGE": "210987654321.dkr.ecr.us-east-1.amazonaws.com/estiba/embed:1",
     "ROLE_ARN": "arn:aws:iam::210987654321:role/Estiba",
     "DATASET_URI": "s3://bucket/data",
+    "MODEL_URI": "s3://bucket/model",
     "OUTPUT_URI": "s3://bucket/out",
     "CHECKPOINT_URI": "s3://bucket/checkpoints",
 }

@@ -20,7 +20,7 @@ def longest_first(lengths: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def padded_width(longest: int, multiple: int = 1, limit: int | None = None) -> int:
-    """Columns of a batch whose longest row has `longest` tokens: up to a multiple, but not past what the model can read."""
+    """Columns of a batch whose longest row has `longest` tokens: up to a multiple, not past what the model reads."""
     width = -(-longest // multiple) * multiple
     return width if limit is None else max(longest, min(width, limit))
 
@@ -46,8 +46,8 @@ def default_token_budget(device_type: str, memory_bytes: int = 0) -> int:
     """Padded tokens in a batch when nothing was asked for.
 
     CPU: 1,536, the flat top of the curve measured on 2 cores (benchmarks in the image's README); 16k is 25% slower.
-    GPU: 2,048 a GiB of *total* memory (32k on a 16 GiB T4), between 4k and 64k. Total and not free, so that the batches,
-    and with them the bits, do not hang on what else was on the device.
+    GPU: 2,048 a GiB of *total* memory (32k on a 16 GiB T4), between 4k and 64k. Total and not free, so that the
+    batches, and with them the bits, do not hang on what else was on the device.
     """
     if device_type == "cpu":
         return 1_536

@@ -1,7 +1,7 @@
 """Where a text may be cut so that the tokens before the cut cannot change.
 
-A 400,000 character document cut to 512 tokens needs its first few thousand characters tokenised, not all of it (53 times
-faster). That is only right where *tokens(text) = tokens(prefix) + tokens(rest)* holds for certain, which is when
+A 400,000 character document cut to 512 tokens needs its first few thousand characters tokenised, not all of it (53
+times faster). That is only right where *tokens(text) = tokens(prefix) + tokens(rest)* holds for certain, which is when
 
 1. the cut stands before a U+0020 that follows a visible letter, digit or ASCII punctuation mark: a boundary for Unicode
    normalisation (space never composes with what stands before it) and for grapheme clusters (the left neighbour is no
@@ -34,13 +34,11 @@ _PREPEND = re.compile(
 )
 
 # Split patterns of Llama 3 / cl100k (numbers by three) and of Qwen 2 (one by one). GPT-2's is ByteLevel's own.
-_KNOWN_PATTERNS = frozenset(
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + number + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    for number in (r"\p{N}", r"\p{N}{1,3}")
-)
-_LOCAL_NORMALIZERS = frozenset(
-    ("BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled", "Prepend", "Strip", "StripAccents")
-)
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_SIGNS_AND_SPACE = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_KNOWN_PATTERNS = frozenset(f"{_WORDS}|{number}|{_SIGNS_AND_SPACE}" for number in (r"\p{N}", r"\p{N}{1,3}"))
+_UNICODE_FORMS = ("NFC", "NFD", "NFKC", "NFKD", "StripAccents", "Lowercase")
+_LOCAL_NORMALIZERS = frozenset((*_UNICODE_FORMS, "BertNormalizer", "Nmt", "Precompiled", "Prepend", "Strip"))
 _SPLITTING = frozenset(("BertPreTokenizer", "Whitespace", "WhitespaceSplit"))
 _LOCAL_PIECES = frozenset(("Digits", "Punctuation"))
 _MODELS = frozenset(("WordPiece", "BPE", "Unigram", "WordLevel"))
@@ -106,6 +104,6 @@ def _piece_kind(step: dict[str, Any]) -> str:
     if kind == "ByteLevel":
         return "splits" if step.get("use_regex", True) else "local"
     if kind == "Split":
-        known = step["pattern"].get("Regex") in _KNOWN_PATTERNS and step["behavior"] == "Isolated" and not step["invert"]
-        return "splits" if known else "unknown"
+        isolates = step["behavior"] == "Isolated" and not step["invert"]
+        return "splits" if isolates and step["pattern"].get("Regex") in _KNOWN_PATTERNS else "unknown"
     return "local" if kind in _LOCAL_PIECES else "unknown"

@@ -1,4 +1,4 @@
-"""One model on one device: token tensors in, float32 vectors out.
+"""One model on one device: token tensors in, float32 vectors out, checked.
 
 Shapes: B rows, T tokens per row, D embedding width.
 """
@@ -100,10 +100,10 @@ class Engine:
 
 def ran_out_of_memory(error: BaseException) -> bool:
     """True for the device's allocator, for cuBLAS's workspace, and for the host's allocator."""
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in text for sign in ("CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator"))
-    )
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    signs = ("CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def _padded_tokens(features: Features) -> int:

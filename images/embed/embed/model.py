@@ -5,7 +5,7 @@
     encoded = encoder.encode(window)                                 # vectors float32[3, 1024], status 0 1 2
 
 The order of work is in `Encoder.encode`; batches.py says which rows share a batch, tokens.py which ids they have,
-engine.py runs one, source.py loads the model.
+engine.py runs one, source.py loads the model, choices.py holds EncoderConfig.
 """
 
 from __future__ import annotations
@@ -16,56 +16,23 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Transformer
 
-from embed import source
+from embed import choices, source
 from embed.batches import default_token_budget, longest_first, padded_width, rows_that_fit
+from embed.choices import NO_LIMIT, EncoderConfig
 from embed.engine import Engine, Flight, ran_out_of_memory
-from embed.tokens import STATUS_WORDS, TASK, Status, Window, first_module, read_window, tokens_for
+from embed.tokens import STATUS_WORDS, Status, Window, read_window, tokens_for
 from estiba.errors import ConfigError, DataError
 
 __all__ = ["STATUS_WORDS", "Encoded", "Encoder", "EncoderConfig", "Status", "Stopped", "Window"]
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-NO_LIMIT = 10**9  # tokenizers without a limit name 1e30 tokens
 LEAST_BUDGET = 512  # padded tokens that out-of-memory does not shrink the budget below; single batches still are split
 
 
 class Stopped(Exception):
     """`should_stop` turned true between two batches; nothing of the window was kept."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
-    """How to embed. Every wrong value is a ConfigError from Encoder()."""
-
-    model: str
-    """A directory, or a hub id. s3:// is copied to a directory by the caller."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    device: str | None = None
-    """"cpu", "cuda", "cuda:1"; None takes CUDA where there is one."""
-    dtype: str = "auto"
-    """float32, float16, bfloat16; auto is float16 on CUDA (float32 if the model overflows in it) and float32 elsewhere."""
-    batch_size: int = 0
-    """Most rows in a batch; 0 leaves it to the token budget."""
-    token_budget: int | None = None
-    """Most padded tokens in a batch; None chooses for the device. One longer row is a batch of its own."""
-    max_length: int | None = None
-    """Tokens of a text that are read, special tokens included; None is the model's own."""
-    normalize: bool = True
-    """Scale every vector to unit length."""
-    prompt: str | None = None
-    """Put before every text. None with no prompt_name: what encode_document would use."""
-    prompt_name: str | None = None
-    """One of the model's own prompts."""
-    dimensions: int | None = None
-    """Keep the first so many dimensions (Matryoshka), then scale to unit length; None keeps what the model says."""
-    trust_remote_code: bool = False
-    """Run code that comes with the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +56,8 @@ class Encoder:
 
     dimensions: int
     """Width of a vector."""
-    max_length: int | None
-    """Tokens of a text that are read, special tokens included; None where the model has no limit."""
+    max_length: int
+    """Tokens of a text that are read, special tokens included; NO_LIMIT where the model has none."""
     device: str
     dtype: str
     prompt: str
@@ -100,23 +67,24 @@ class Encoder:
 
     def __init__(self, config: EncoderConfig) -> None:
         """Load and try the model. Raises ConfigError on a mistake in `config` or a model that cannot be used."""
-        _check(config)
+        choices.check(config)
         self.config = config
         self._source = source.find(config.model, config.revision)
-        device = _device(config.device)
-        dtype = DTYPES.get(config.dtype, torch.float16 if device.type == "cuda" else torch.float32)
+        device = choices.device_for(config.device)
+        dtype = choices.dtype_for(config.dtype, device)
         self._slow_engines: dict[str, Engine] = {}
         self._use(self._load(device, dtype))
         model = self._engine.model
-        limit = _position_limit(model)
-        self.prompt = _prompt(model, config)
-        self.max_length = _set_max_length(model, config.max_length, limit)
-        if self.prompt and self.max_length and (used := _length(model, self.prompt)) >= self.max_length:
+        limit = choices.position_limit(model)
+        self.prompt = choices.prompt_for(model, config)
+        max_length = choices.set_max_length(model, config.max_length, limit)
+        self.max_length = max_length or NO_LIMIT
+        if self.prompt and (used := choices.length_of(model, self.prompt)) >= self.max_length:
             raise ConfigError(
                 f"the prompt {self.prompt!r:.80} takes {used} of {self.max_length} tokens and leaves none for a text; "
                 "shorten --prompt or raise --max-length"
             )
-        self._tokens = tokens_for(model, self.prompt, self.max_length, limit)
+        self._tokens = tokens_for(model, self.prompt, max_length, limit)
         self._try_out()
         self.identity = {
             "model": self._source.name,
@@ -125,7 +93,7 @@ class Encoder:
             "dtype": self.dtype,
             "pooling": source.pooling(model),
             "prompt": self.prompt,
-            "max_length": str(self.max_length or ""),
+            "max_length": str(max_length or ""),
             "dimensions": str(self.dimensions),
             "normalize": str(config.normalize).lower(),
             **source.versions(),
@@ -146,15 +114,13 @@ class Encoder:
         broken, padded = self._encode_rows(self._engine, window, rows, vectors, should_stop)
         if len(broken) and self._engine.dtype != torch.float32:
             # Half precision overflows on some texts of some models. These rows, and only these, go again.
-            logger.info("%d of %d vectors broke in %s and are computed again in float32", len(broken), len(rows), self.dtype)
+            logger.info("%d of %d vectors broke in %s; computing them in float32", len(broken), len(rows), self.dtype)
             broken, more = self._encode_rows(self._float32_engine(), window, broken, vectors, should_stop)
             padded += more
         status, n_tokens, truncated = window.status.copy(), window.n_tokens.copy(), window.truncated.copy()
         vectors[broken] = 0
         status[broken], n_tokens[broken], truncated[broken] = Status.NOT_FINITE, 0, False
-        return Encoded(
-            vectors=vectors, status=status, n_tokens=n_tokens, truncated=truncated, padded_tokens=padded
-        )
+        return Encoded(vectors=vectors, status=status, n_tokens=n_tokens, truncated=truncated, padded_tokens=padded)
 
     def _encode_rows(
         self, engine: Engine, window: Window, rows: np.ndarray, vectors: np.ndarray, should_stop: Callable[[], bool]
@@ -252,10 +218,10 @@ class Encoder:
         if "float32" not in self._slow_engines:
             try:
                 engine = self._load(self._engine.device, torch.float32)
-                engine.token_budget = max(1, engine.token_budget // 4)  # twice the bytes a token, two models on the device
+                engine.token_budget = max(1, engine.token_budget // 4)  # twice the bytes a token, and two models
                 self._slow_engines["float32"] = engine
             except torch.OutOfMemoryError:
-                logger.warning("a float32 copy of the model does not fit on %s beside the first; using the CPU", self.device)
+                logger.warning("the model in float32 does not fit on %s beside the first; using the CPU", self.device)
         return self._slow_engines.get("float32") or self._cpu_engine()
 
     def _cpu_engine(self) -> Engine:
@@ -278,106 +244,15 @@ class Encoder:
         if tried(self._engine).any():
             if self._engine.dtype == torch.float32 or tried(self._float32_engine()).any():
                 raise ConfigError(
-                    f"model {self.config.model!r}: its vector of a plain sentence is not finite or all zero, in float32 too; "
-                    "the weights are damaged, fetch or save the model again"
+                    f"model {self.config.model!r}: its vector of a plain sentence is not finite, or is zero, in "
+                    "float32 too; the weights are damaged, fetch or save the model again"
                 )
             if self.config.dtype == "auto":
                 logger.info("the model overflows in %s; using float32", self.dtype)
-                self._use(self._slow_engines.pop("float32", None) or self._float32_engine())
+                engine = self._float32_engine()
+                self._slow_engines.clear()
+                engine.token_budget = self._engine.token_budget
+                self._use(engine)
         asked = self.config.dimensions
         if asked is not None and asked > self.dimensions:
-            raise ConfigError(f"--dimensions {asked}: the model gives {self.dimensions}; pass {self.dimensions} or fewer")
-
-
-def _check(config: EncoderConfig) -> None:
-    if config.dtype not in ("auto", *DTYPES):
-        raise ConfigError(f"--dtype {config.dtype!r}: unknown; pass one of auto, {', '.join(DTYPES)}")
-    if config.batch_size < 0:
-        raise ConfigError(f"--batch-size {config.batch_size}: pass a number of rows, or 0 to choose for this device")
-    for name in ("token_budget", "max_length", "dimensions"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {value}: pass a positive number, or leave it out")
-    if config.prompt is not None and config.prompt_name is not None:
-        raise ConfigError(f"--prompt {config.prompt!r} and --prompt-name {config.prompt_name!r}: pass one of the two")
-
-
-def _device(asked: str | None) -> torch.device:
-    if asked is None:
-        asked = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(asked)
-    except RuntimeError as error:
-        raise ConfigError(f"--device {asked!r}: unknown; pass cpu, cuda or cuda:N") from error
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ConfigError(
-            f"--device {asked!r}: this machine shows {count} CUDA devices; pass --device cpu, or run the container with --gpus all"
-        )
-    return device
-
-
-def _prompt(model: SentenceTransformer, config: EncoderConfig) -> str:
-    """What encode_document puts before a text: as asked, else the model's document, passage or corpus prompt."""
-    if config.prompt is not None:
-        return config.prompt
-    name = config.prompt_name
-    if name is None:
-        name = next((name for name in ("document", "passage", "corpus") if name in model.prompts), model.default_prompt_name)
-        others = [other for other in ("passage", "corpus") if model.prompts.get(other)]
-        if others and not model.prompts.get(name or ""):  # sentence-transformers 6 always has a "document", often ""
-            logger.info("the model has a prompt %r that encode_document does not use; --prompt-name takes it", others[0])
-    elif name not in model.prompts:
-        named = ", ".join(sorted(model.prompts)) or "none"
-        raise ConfigError(f"--prompt-name {name!r}: the model has no such prompt (it has {named}); pass --prompt TEXT")
-    return model.prompts.get(name or "") or ""
-
-
-def _position_limit(model: SentenceTransformer) -> int | None:
-    """Tokens that the position table holds. RoBERTa's kin lose padding_idx + 1 of it to their own counting."""
-    backbone = model.transformers_model
-    if backbone is None:
-        return None
-    for module in backbone.modules():
-        if isinstance(table := getattr(module, "position_embeddings", None), torch.nn.Embedding):
-            first = getattr(module, "padding_idx", None)
-            return table.num_embeddings - (first + 1 if isinstance(first, int) else 0)
-    limit = getattr(backbone.config, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
-
-
-def _set_max_length(model: SentenceTransformer, asked: int | None, limit: int | None) -> int | None:
-    """Make the model read `asked` tokens (None: its own number, never more than it has positions). Returns the number."""
-    module = first_module(model)
-    if asked is None:
-        own = getattr(module, "max_seq_length", None)
-        if isinstance(module, Transformer):
-            text = module.processing_kwargs.get("text", {})
-            own = text.get("max_length") or module.document_length or own
-        length = int(min(own if own is not None else NO_LIMIT, limit or NO_LIMIT, NO_LIMIT))
-        if length == NO_LIMIT:
-            return None
-        if own == length:
-            return length
-        asked = length
-    if limit is not None and asked > limit:
-        raise ConfigError(f"--max-length {asked}: the model reads at most {limit} tokens; pass {limit} or fewer")
-    try:
-        module.max_seq_length = asked
-    except AttributeError as error:
-        raise ConfigError(f"--max-length {asked}: this model has no limit that can be set; leave it out") from error
-    if isinstance(module, Transformer):
-        if module.document_length is not None:
-            module.document_length = asked
-        if "max_length" in module.processing_kwargs.get("text", {}):
-            module.processing_kwargs["text"] = {**module.processing_kwargs["text"], "max_length": asked}
-        tokenizer = module.tokenizer
-        specials = tokenizer.num_special_tokens_to_add(pair=False) if tokenizer is not None else 0
-        if asked <= specials:
-            raise ConfigError(f"--max-length {asked}: the model adds {specials} tokens of its own; pass {specials + 1} or more")
-    return asked
-
-
-def _length(model: SentenceTransformer, text: str) -> int:
-    mask = model.preprocess([text], task=TASK).get("attention_mask")
-    return int(mask.sum()) if isinstance(mask, torch.Tensor) else 0
+            raise ConfigError(f"--dimensions {asked}: the model gives {self.dimensions}; pass that or fewer")

@@ -204,14 +204,14 @@ def _join(
     batch: pa.RecordBatch, vectors: pa.RecordBatch, schema: pa.Schema, config: EmbedConfig, counts: Counts
 ) -> pa.RecordBatch:
     status = vectors.column("status")
-    words = pa.DictionaryArray.from_arrays(status.cast(pa.int8()), pa.array(STATUS_WORDS)).cast(pa.string())
+    words = pa.DictionaryArray.from_arrays(status.cast(pa.int8()), pa.array([STATUS_WORDS[item] for item in Status])).cast(pa.string())
     columns = [*batch.columns, vectors.column("vectors"), words]
     columns += [vectors.column("n_tokens")] * config.n_tokens + [vectors.column("truncated")] * config.truncated
     counts.rows += batch.num_rows
     counts.tokens += pc.sum(vectors.column("n_tokens")).as_py() or 0
     counts.truncated += pc.sum(vectors.column("truncated")).as_py() or 0
     for item in pc.value_counts(status).to_pylist():
-        counts.statuses[STATUS_WORDS[item["values"]]] += item["counts"]
+        counts.statuses[STATUS_WORDS[Status(item["values"])]] += item["counts"]
     if TOKENS_COLUMN in batch.schema.names and pa.types.is_integer(batch.column(TOKENS_COLUMN).type):
         counts.tokens_aproximados = (counts.tokens_aproximados or 0) + (pc.sum(batch.column(TOKENS_COLUMN)).as_py() or 0)
     return pa.RecordBatch.from_arrays(columns, schema=schema)
@@ -276,5 +276,3 @@ class _HashingFile:
     def seekable(self) -> bool:
         return False
 
-
-assert len(STATUS_WORDS) == len(Status)

@@ -19,12 +19,12 @@ import huggingface_hub
 import tokenizers
 import torch
 import transformers
-import transformers.modeling_utils as modeling_utils
 import xxhash
 from sentence_transformers import SentenceTransformer
 from sentence_transformers import __version__ as sentence_transformers_version
 from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import ORIGINAL_TRANSFORMER_MODELS
+from transformers import modeling_utils
 
 from estiba.errors import ConfigError, EstibaError
 
@@ -80,7 +80,9 @@ def _fetch(model: str, revision: str | None) -> Source:
     logger.info("fetching %s from the hub, unless it is in the cache", name)
     try:
         with _quiet():
-            directory = Path(huggingface_hub.snapshot_download(name, revision=revision, ignore_patterns=[*_IGNORED, "*.bin"]))
+            directory = Path(
+                huggingface_hub.snapshot_download(name, revision=revision, ignore_patterns=[*_IGNORED, "*.bin"])
+            )
             folders = [directory]
             if (modules := directory / "modules.json").is_file():
                 folders += [directory / module["path"] for module in json.loads(modules.read_text("utf-8"))]
@@ -96,8 +98,8 @@ def _fetch(model: str, revision: str | None) -> Source:
     except Exception as error:  # the hub's client has many, of three libraries
         at = f" at revision {revision!r}" if revision else ""
         raise ConfigError(
-            f"model {name!r}{at}: no such directory, and the hub did not give it ({_first_line(error)}); check the name "
-            "and --revision, set HF_TOKEN for a private model, or without a network pass --model DIRECTORY"
+            f"model {name!r}{at}: no such directory, and the hub did not give it ({_first_line(error)}); check the "
+            "name and --revision, set HF_TOKEN for a private model, or without a network pass --model DIRECTORY"
         ) from error
     return Source(directory=directory, name=name, commit=directory.name)
 
@@ -105,14 +107,15 @@ def _fetch(model: str, revision: str | None) -> Source:
 def load(source: Source, *, device: str, dtype: torch.dtype, trust_remote_code: bool) -> SentenceTransformer:
     """The model in eval mode. Raises ConfigError when it cannot be loaded or some of its weights are missing."""
     infos: list[Any] = []
-    report = modeling_utils.log_state_dict_report
+    modeling: Any = modeling_utils
+    report = modeling.log_state_dict_report
 
     def collect(*args: Any, **kwargs: Any) -> None:
         infos.append(kwargs["loading_info"])
         report(*args, **kwargs)  # raises on weights of the wrong shape
 
     try:
-        modeling_utils.log_state_dict_report = collect
+        modeling.log_state_dict_report = collect
         with _quiet():
             model = SentenceTransformer(
                 str(source.directory),
@@ -129,13 +132,13 @@ def load(source: Source, *, device: str, dtype: torch.dtype, trust_remote_code: 
             remedy = "it brings its own code: read it, and pass --trust-remote-code if you trust it"
         raise ConfigError(f"model in {source.directory}: cannot be loaded ({_first_line(error)}); {remedy}") from error
     finally:
-        modeling_utils.log_state_dict_report = report
+        modeling.log_state_dict_report = report
     # The pooler on top of BERT-like models is not read by sentence embeddings and often not saved.
     missing = sorted(key for info in infos for key in info.missing_and_mismatched() if "pooler" not in key)
     if missing:
         raise ConfigError(
-            f"model in {source.directory}: {len(missing)} weights are missing ({', '.join(missing[:3])}, ...) and would be "
-            "random; the files do not belong to config.json, or a shard was not copied"
+            f"model in {source.directory}: {len(missing)} weights are missing ({', '.join(missing[:3])}, ...) and "
+            "would be random; the files do not belong to config.json, or a shard was not copied"
         )
     if not (source.directory / "modules.json").is_file():
         logger.info("no modules.json in %s: using %s, as sentence-transformers does", source.directory, pooling(model))
@@ -188,11 +191,12 @@ def _quiet() -> Iterator[None]:
     """No progress bars and no advice from the libraries; their errors are exceptions, and those pass."""
     names = ("transformers", "sentence_transformers", "huggingface_hub")
     levels = {name: logging.getLogger(name).level for name in names}
-    hub_bars = not huggingface_hub.utils.are_progress_bars_disabled()
+    hub: Any = huggingface_hub.utils
+    hub_bars = not hub.are_progress_bars_disabled()
     bars = transformers.utils.logging.is_progress_bar_enabled()
     for name in names:
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    huggingface_hub.utils.disable_progress_bars()
+    hub.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
@@ -202,7 +206,7 @@ def _quiet() -> Iterator[None]:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
         if hub_bars:
-            huggingface_hub.utils.enable_progress_bars()
+            hub.enable_progress_bars()
         if bars:
             transformers.utils.logging.enable_progress_bar()
 

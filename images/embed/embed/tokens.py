@@ -1,8 +1,8 @@
 """Texts to token ids: exactly the ones sentence-transformers would feed the model, and why a row has none.
 
-`OwnTokens` calls the model's own (Rust) tokenizer once for a whole window, cuts what is too long before tokenising it and
-keeps the ids; `ModelTokens` hands the texts to the model's own `preprocess` and is for models that do something else
-there (static embeddings, word vectors, chat templates, custom code). `tokens_for` chooses, and checks its choice.
+`OwnTokens` calls the model's own (Rust) tokenizer once for a whole window, cuts what is too long before tokenising it
+and keeps the ids; `ModelTokens` hands the texts to the model's own `preprocess` and is for models that do something
+else there (static embeddings, word vectors, chat templates, custom code). `tokens_for` chooses, and checks its choice.
 """
 
 from __future__ import annotations
@@ -193,7 +193,8 @@ class OwnTokens:
                         rows[row] = read
                 todo, reach = again, reach * 4
             for row in self._wordless(rows):
-                rows[row] = None if not self._call([texts[row]], add_special_tokens=False)["input_ids"][0] else rows[row]
+                if not self._call([texts[row]], add_special_tokens=False)["input_ids"][0]:
+                    rows[row] = None
             return rows
 
     def _cut(self, text: str, reach: int) -> int | None:
@@ -268,7 +269,7 @@ class ModelTokens:
         with self._lock:
             return self._model.preprocess(texts, prompt=self._prompt, task=TASK)
 
-    def features(self, window: Window, rows: np.ndarray, multiple: int) -> Features:
+    def features(self, window: Window, rows: np.ndarray, multiple: int) -> Features:  # noqa: ARG002 - pads as it likes
         return self._preprocess([window.texts[row] for row in rows])
 
 
@@ -295,7 +296,8 @@ def first_module(model: SentenceTransformer) -> Any:
     """The module that reads a document's text: the first, or the first of a Router's document route."""
     module = model[0]
     if isinstance(module, Router):
-        module = module.sub_modules[module._resolve_route(task=TASK, modality="text")][0]
+        route: Any = module.sub_modules[module._resolve_route(task=TASK, modality="text") or ""]
+        module = route[0]
     return module
 
 
@@ -311,8 +313,9 @@ def _plain_tokenizer(model: SentenceTransformer) -> PreTrainedTokenizerFast | No
     ):
         return None
     how = {**module.processing_kwargs.get("text", {}), **module.processing_kwargs.get("common", {})}
-    known = {"max_length": how.get("max_length"), "truncation": "longest_first", "padding": True, "return_tensors": "pt"}
-    if any(key not in known or value != known[key] for key, value in how.items()):
+    how.pop("max_length", None)  # the caller has read it
+    usual = {"truncation": "longest_first", "padding": True, "return_tensors": "pt"}
+    if any(key not in usual or value != usual[key] for key, value in how.items()):
         return None
     tokenizer = module.processor
     usable = isinstance(tokenizer, PreTrainedTokenizerFast) and tokenizer.is_fast and tokenizer.pad_token_id is not None

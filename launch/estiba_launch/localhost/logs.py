@@ -12,6 +12,8 @@ from typing import Any
 
 LOG = "job.log"
 METRICS_EVERY_S = 2.0
+# More than the 16 KiB at which the engine cuts a line.
+TAIL_BYTES = 1 << 20
 
 
 class JobLog:
@@ -73,7 +75,9 @@ class Pump(threading.Thread):
     That file says where to go on when a new supervisor takes over.
     """
 
-    def __init__(self, host: str, own: Path, log: JobLog, metrics: Metrics, stream: Callable[[float | None], Any]) -> None:
+    def __init__(
+        self, host: str, own: Path, log: JobLog, metrics: Metrics, stream: Callable[[float | None], Any]
+    ) -> None:
         super().__init__(name=f"log {host}", daemon=True)
         self.host, self.own, self.log, self.metrics, self.stream = host, own, log, metrics, stream
 
@@ -112,16 +116,18 @@ def _stamped(line: bytes) -> tuple[str, str]:
 
 
 def last_stamp(path: Path) -> str | None:
-    """Timestamp of the last whole line of a stamped log."""
+    """Timestamp of the last line of a stamped log; only its end is read."""
     try:
-        lines = path.read_text("utf-8").splitlines()
+        with path.open("rb") as file:
+            file.seek(max(path.stat().st_size - TAIL_BYTES, 0))
+            lines = file.read().splitlines()
     except FileNotFoundError:
         return None
-    return lines[-1].partition(" ")[0] if lines else None
+    return lines[-1].partition(b" ")[0].decode("utf-8", "replace") if lines else None
 
 
 def to_unix(stamp: str) -> float:
-    """2026-09-27T12:30:05.123456789Z -> seconds; the last three digits are cut, which only lets a line be seen again."""
+    """2026-09-27T12:30:05.123456789Z -> seconds, cut to microseconds: the line itself is seen again."""
     match = re.fullmatch(r"(.{19})(\.\d{1,6})?\d*Z", stamp)
     if match is None:
         return 0.0

@@ -110,10 +110,10 @@ class Record:
             self.save()
             return attempt
 
-    def end_attempt(self, outcome: str, exit_codes: dict[str, int | None]) -> None:
+    def end_attempt(self, outcome: str, exit_codes: dict[str, int | None], reason: str = "") -> None:
         with self._lock:
             now = now_text()
-            self.attempts[-1].update(EndTime=now, Outcome=outcome, ExitCodes=exit_codes)
+            self.attempts[-1].update(EndTime=now, Outcome=str(outcome), Reason=reason, ExitCodes=exit_codes)
             self.value["TrainingEndTime"] = now
             seconds = round(self.running_s())
             self.value.update(TrainingTimeInSeconds=seconds, BillableTimeInSeconds=seconds)

@@ -49,7 +49,7 @@ class CheckpointSync:
     def adopt(self) -> None:
         """Take over a directory that an earlier process had restored and was syncing when it died. Raises HostError."""
         # Every key counts as changed: what is here goes up again, what is not here was deleted while nobody looked.
-        self._known = {key: (-1, -1, -1) for key in self.store.list()}
+        self._known = dict.fromkeys(self.store.list(), (-1, -1, -1))
 
     def push(self) -> Moved:
         """Upload what is new or changed, then carry out deletes. Raises HostError with the rest left for next time."""

@@ -6,7 +6,7 @@ work=${WORK:-$PWD/embed-golden}
 mkdir -p "$work/algo-1/input/config" "$work/algo-1/model" "$work/algo-1/output/data"
 cat > "$work/algo-1/input/config/hyperparameters.json" <<'ESTIBA_FILE'
 {
- "model": "pablosi/bge-m3-trained-2",
+ "model": "/opt/ml/input/data/model",
  "text-column": "texto"
 }
 ESTIBA_FILE
@@ -37,6 +37,11 @@ cat > "$work/algo-1/input/config/inputdataconfig.json" <<'ESTIBA_FILE'
   "S3DistributionType": "FullyReplicated",
   "RecordWrapperType": "None",
   "ContentType": "application/x-parquet"
+ },
+ "model": {
+  "TrainingInputMode": "File",
+  "S3DistributionType": "FullyReplicated",
+  "RecordWrapperType": "None"
  }
 }
 ESTIBA_FILE
@@ -58,5 +63,6 @@ docker run \
   --volume "$work/algo-1/model:/opt/ml/model" \
   --volume "$work/algo-1/output:/opt/ml/output" \
   --volume '/srv/my data:/opt/ml/input/data/dataset:ro' \
+  --volume /srv/model:/opt/ml/input/data/model:ro \
   --volume /srv/checkpoints:/opt/ml/checkpoints \
   estiba/embed:local train

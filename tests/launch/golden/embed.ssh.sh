@@ -4,6 +4,7 @@ set -eu
 ssh -p 2222 user@203.0.113.7 mkdir -p estiba/embed-golden/data
 ssh -p 2222 user@203.0.113.7 docker pull estiba/embed:local || docker save estiba/embed:local | gzip -1 | ssh -p 2222 user@203.0.113.7 'gunzip | docker load'
 rsync -az -e 'ssh -p 2222' '/srv/my data/' user@203.0.113.7:estiba/embed-golden/data/dataset/
+rsync -az -e 'ssh -p 2222' /srv/model/ user@203.0.113.7:estiba/embed-golden/data/model/
 ssh -p 2222 user@203.0.113.7 sh -s <<'ESTIBA_SSH'
 set -eu
 work="$HOME/estiba/embed-golden"
@@ -11,7 +12,7 @@ docker network create estiba-embed-golden
 mkdir -p "$work/algo-1/input/config" "$work/algo-1/model" "$work/algo-1/output/data"
 cat > "$work/algo-1/input/config/hyperparameters.json" <<'ESTIBA_FILE'
 {
- "model": "pablosi/bge-m3-trained-2",
+ "model": "/opt/ml/input/data/model",
  "text-column": "texto"
 }
 ESTIBA_FILE
@@ -42,6 +43,11 @@ cat > "$work/algo-1/input/config/inputdataconfig.json" <<'ESTIBA_FILE'
   "S3DistributionType": "FullyReplicated",
   "RecordWrapperType": "None",
   "ContentType": "application/x-parquet"
+ },
+ "model": {
+  "TrainingInputMode": "File",
+  "S3DistributionType": "FullyReplicated",
+  "RecordWrapperType": "None"
  }
 }
 ESTIBA_FILE
@@ -66,6 +72,7 @@ docker run \
   --volume "$work/algo-1/model:/opt/ml/model" \
   --volume "$work/algo-1/output:/opt/ml/output" \
   --volume "$work/data/dataset:/opt/ml/input/data/dataset:ro" \
+  --volume "$work/data/model:/opt/ml/input/data/model:ro" \
   --volume "$work/checkpoints:/opt/ml/checkpoints" \
   estiba/embed:local train
 ESTIBA_SSH

@@ -1,0 +1,173 @@
+"""Rehearse interruptions of a real embed process: kill it, restart it, count what was computed twice.
+
+Used by test_kills.py (a short version) and benchmarks/embed_kills.py (the long one).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+WORDS = (
+    "el la barco zarpa alba bodega llena trigo vino capitán mira estrellas mar puerto carga estiba amarra viento norte "
+    "vela ancla marea costa faro niebla rumbo ola cubierta proa popa timón brújula mapa isla ruta flete muelle grúa saco"
+).split()
+
+TRACED = """
+import json, os, sys
+from embed import model
+trace = os.open(os.environ.pop("TRACE_FILE"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+plain = model.Encoder.encode
+def encode(self, window, *rest, **more):
+    os.write(trace, (json.dumps({"rows": len(window.status)}) + "\\n").encode())
+    return plain(self, window, *rest, **more)
+model.Encoder.encode = encode
+sys.argv[0] = "embed"
+from embed.__main__ import main
+main()
+"""
+"""The workload with one addition: each stretch of rows that is started is noted in a file."""
+
+
+@dataclass(kw_only=True)
+class Rehearsal:
+    attempts: int = 0
+    kills: list[float] = field(default_factory=list)
+    """Seconds into its attempt at which each kill came."""
+    rows: int = 0
+    rows_started: int = 0
+    largest_row_group: int = 0
+    equal: bool = False
+    different: list[str] = field(default_factory=list)
+
+    @property
+    def rows_twice(self) -> int:
+        return self.rows_started - self.rows
+
+    @property
+    def within_bound(self) -> bool:
+        return self.rows_twice <= len(self.kills) * self.largest_row_group
+
+
+def make_input(folder: Path, *, files: int, rows: int, seed: int) -> tuple[int, int]:
+    """Parquet files of several shapes. Returns (rows in all, rows of the largest row group)."""
+    dice = random.Random(seed)
+    total = largest = 0
+    for index in range(files):
+        count = dice.randint(rows // 2, rows * 3 // 2)
+        texts: list[str | None] = [" ".join(dice.choices(WORDS, k=dice.randint(1, 60))) for _ in range(count)]
+        texts[count // 3], texts[count // 2] = None, " "
+        table = pa.table({"id": pa.array(range(count), pa.int64()), "texto": pa.array(texts, pa.string())})
+        path = folder / (f"puerto-{index % 3}" if index % 2 else ".") / f"f{index:03d}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        group = dice.choice([count, max(1, count // 4), 150, 60])
+        pq.write_table(table, path, row_group_size=group)
+        total, largest = total + count, max(largest, min(group, count))
+    return total, largest
+
+
+def start(place: Path, model: Path, trace: Path, *flags: str) -> subprocess.Popen[bytes]:
+    importable = os.pathsep.join(os.path.abspath(item) for item in sys.path)
+    environ = {**os.environ, "PYTHONPATH": importable, "ESTIBA_ROOT": str(place), "TRACE_FILE": str(trace), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", TRACED, "--input-path", str(place / "in"), "--model", str(model), *flags]
+    return subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, cwd=place)
+
+
+def finish(process: subprocess.Popen[bytes]) -> None:
+    _, errors = process.communicate()
+    if process.returncode != 0:
+        raise AssertionError(f"exit {process.returncode}: {errors.decode()[-2000:]}")
+
+
+def rehearse(
+    place: Path,
+    model: Path,
+    *,
+    kills: int,
+    seed: int,
+    is_new_host: bool,
+    files: int = 40,
+    rows: int = 200,
+    signum: signal.Signals = signal.SIGKILL,
+    flags: tuple[str, ...] = (),
+) -> Rehearsal:
+    """One uninterrupted run and one killed `kills` times at random moments.
+
+    `is_new_host` keeps only the checkpoint directory between attempts, as SageMaker does after a spot interruption.
+    """
+    dice = random.Random(seed)
+    found = Rehearsal()
+    whole, broken = place / "whole", place / "broken"
+    for root in (whole, broken):
+        (root / "in").mkdir(parents=True)
+    found.rows, found.largest_row_group = make_input(whole / "in", files=files, rows=rows, seed=seed)
+    shutil.copytree(whole / "in", broken / "in", dirs_exist_ok=True)
+
+    began = time.monotonic()
+    finish(start(whole, model, place / "trace-whole", *flags))
+    whole_s = time.monotonic() - began
+    load_s = _seconds_until_loaded(whole)
+
+    trace = place / "trace-broken"
+    step_s = max(0.05, (whole_s - load_s) / (kills + 1))
+    while len(found.kills) < kills:
+        found.attempts += 1
+        began = time.monotonic()
+        size = trace.stat().st_size if trace.exists() else 0
+        process = start(broken, model, trace, *flags)
+        # Most moments fall into the work; a few into loading, joining and the end.
+        if dice.random() < 0.85:
+            while process.poll() is None and (not trace.exists() or trace.stat().st_size == size):
+                time.sleep(0.005)
+            time.sleep(dice.uniform(0, 2 * step_s))
+        else:
+            time.sleep(dice.uniform(0, whole_s))
+        if process.poll() is None:
+            process.send_signal(signum)
+            found.kills.append(round(time.monotonic() - began, 3))
+        process.communicate()
+        if is_new_host:
+            shutil.rmtree(broken / "output", ignore_errors=True)
+        elif process.returncode == 0:
+            break
+        if found.attempts > 4 * kills:
+            break
+    found.attempts += 1
+    finish(start(broken, model, trace, *flags))
+    found.rows_started = sum(json.loads(line)["rows"] for line in trace.read_text().splitlines())
+    found.different = compare(whole / "output/data", broken / "output/data")
+    found.equal = not found.different
+    return found
+
+
+def compare(one: Path, other: Path) -> list[str]:
+    """Names that differ in presence or in any byte; results.json tells times and is left out."""
+    names = {
+        path.relative_to(root).as_posix()
+        for root in (one, other)
+        for path in root.rglob("*")
+        if path.is_file() and path.name != "results.json"
+    }
+    return sorted(
+        name
+        for name in names
+        if not (one / name).exists()
+        or not (other / name).exists()
+        or (one / name).read_bytes() != (other / name).read_bytes()
+    )
+
+
+def _seconds_until_loaded(root: Path) -> float:
+    written = json.loads((root / "output/data/results.json").read_text())
+    return float(written["seconds"]["until_model_loaded"])

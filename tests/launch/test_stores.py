@@ -1,0 +1,297 @@
+"""Stores, channels, checkpoint sync and the record: what the local host is built of, without a container."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+
+import boto3
+import pytest
+from moto import mock_aws
+
+from estiba_launch.contract import ChannelSource, Host
+from estiba_launch.errors import HostError
+from estiba_launch.localhost import channels, output
+from estiba_launch.localhost.logs import last_stamp, stamped_lines, to_unix
+from estiba_launch.localhost.record import Record
+from estiba_launch.localhost.store import FileStore, S3Store, Store, open_store
+from estiba_launch.localhost.sync import CheckpointSync
+
+CLUSTER = [Host(name=f"algo-{n}", instance_type="ml.m5.xlarge", group="a" if n < 3 else "b") for n in (1, 2, 3)]
+
+
+@pytest.fixture(params=["file", "s3"])
+def store(request, tmp_path, monkeypatch) -> Store:
+    if request.param == "file":
+        yield open_store(f"file://{tmp_path}/store")
+        return
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_CA_BUNDLE", raising=False)
+    with mock_aws():
+        boto3.client("s3").create_bucket(Bucket="bucket")
+        yield open_store("s3://bucket/some/prefix")
+
+
+@pytest.fixture
+def local(tmp_path) -> Path:
+    (tmp_path / "local" / "deep").mkdir(parents=True)
+    (tmp_path / "local" / "a").write_text("a")
+    (tmp_path / "local" / "deep" / "b").write_text("bb")
+    return tmp_path / "local"
+
+
+def test_what_is_put_can_be_listed_got_and_deleted(store, local, tmp_path):
+    assert store.list() == {}
+    store.put(local / "deep" / "b", "x/ñ b")
+    assert store.list() == {"x/ñ b": 2}
+    store.get("x/ñ b", tmp_path / "new" / "file")
+    assert (tmp_path / "new" / "file").read_text() == "bb"
+    store.delete("x/ñ b")
+    store.delete("x/ñ b")
+    assert store.list() == {}
+
+
+def test_a_sync_uploads_changes_carries_out_deletes_and_restores(store, local, tmp_path):
+    sync = CheckpointSync(local, store)
+    assert sync.restore() == (0, 0)
+    assert (sync.push().uploaded, sync.push().uploaded) == (0, 0), "what was there at the start counts as known"
+    (local / "new").write_text("123")
+    (local / "a").write_text("changed")
+    moved = sync.push()
+    assert (moved.uploaded, moved.uploaded_bytes, moved.deleted) == (2, 10, 0)
+    (local / "new").unlink()
+    assert sync.push().deleted == 1
+    assert store.list() == {"a": 7}
+    other = CheckpointSync(tmp_path / "other", store)
+    assert other.restore() == (1, 7)
+    assert (tmp_path / "other" / "a").read_text() == "changed"
+
+
+def test_objects_that_others_add_are_neither_pulled_nor_deleted(store, local):
+    sync = CheckpointSync(local, store)
+    sync.restore()
+    store.put(local / "a", "of-another-host")
+    (local / "mine").write_text("m")
+    sync.push()
+    assert sorted(store.list()) == ["mine", "of-another-host"]
+    assert not (local / "of-another-host").exists()
+
+
+def test_a_directory_that_is_gone_deletes_nothing(store, local, tmp_path):
+    sync = CheckpointSync(local, store)
+    sync.restore()
+    (local / "c").write_text("c")
+    sync.push()
+    local.rename(tmp_path / "unmounted")
+    with pytest.raises(HostError, match="nothing is deleted"):
+        sync.push()
+    assert store.list() == {"c": 1}
+
+
+def test_a_taken_over_directory_is_brought_in_line_with_the_store(store, local):
+    store.put(local / "a", "deleted-while-nobody-looked")
+    store.put(local / "a", "a")
+    (local / "a").write_text("newer")
+    sync = CheckpointSync(local, store)
+    sync.adopt()
+    sync.push()
+    assert store.list() == {"a": 5, "deep/b": 2}
+
+
+def test_a_push_that_fails_half_way_is_finished_by_the_next(store, local, monkeypatch):
+    sync = CheckpointSync(local, store)
+    sync.restore()
+    for name in ("p", "q", "r"):
+        (local / name).write_text(name)
+    (local / "a").unlink()
+    real, calls = store.put, []
+
+    def flaky(path: Path, key: str) -> None:
+        calls.append(key)
+        if key == "q" and calls.count("q") == 1:
+            raise HostError("the store is away")
+        real(path, key)
+
+    monkeypatch.setattr(store, "put", flaky)
+    with pytest.raises(HostError):
+        sync.push()
+    assert sorted(store.list()) == ["p"]
+    sync.push()
+    assert sorted(store.list()) == ["p", "q", "r"]
+    assert calls == ["p", "q", "q", "r"], "what was up already does not go up again"
+
+
+def test_a_file_store_never_shows_half_a_file(tmp_path, local, monkeypatch):
+    store = FileStore(tmp_path / "store")
+    store.put(local / "a", "k")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(HostError, match=r"No space left.*make room"):
+        store.put(local / "deep" / "b", "k")
+    assert (tmp_path / "store" / "k").read_text() == "a"
+    assert store.list() == {"k": 1}
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["k"]
+
+
+def test_a_store_key_cannot_leave_the_checkpoint_directory(tmp_path, local):
+    class Evil(FileStore):
+        def list(self) -> dict[str, int]:
+            return {"../../etc/evil": 1}
+
+    with pytest.raises(HostError, match="leads out"):
+        CheckpointSync(tmp_path / "c" / "d", Evil(local)).restore()
+
+
+def test_an_unreachable_bucket_is_named_with_a_remedy(monkeypatch, tmp_path):
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with pytest.raises(HostError, match=r"s3://bucket/x: .*AWS_ENDPOINT_URL"):
+        open_store("s3://bucket/x").list()
+
+
+def source(uri: str, **changes: object) -> ChannelSource:
+    values = {"name": "data", "uri": uri, "mode": "File", "sharded": False, "groups": (), "content_type": None}
+    return ChannelSource(**{**values, **changes})
+
+
+def test_a_directory_is_mounted_where_it_is(tmp_path, local):
+    mount = channels.place(source(f"file://{local}"), CLUSTER[0], CLUSTER, tmp_path / "in", copy=False)
+    assert (mount.source, mount.read_only, mount.target) == (local, True, "/opt/ml/input/data/data")
+
+
+def test_one_file_and_a_prefix_become_directories(tmp_path, local):
+    one = channels.place(source(f"file://{local}/a"), CLUSTER[0], CLUSTER, tmp_path / "in", copy=False)
+    assert [path.name for path in one.source.iterdir()] == ["a"]
+    (local / "train-1").write_text("1")
+    prefix = channels.place(source(f"file://{local}/tra", name="p"), CLUSTER[0], CLUSTER, tmp_path / "in", copy=False)
+    assert [path.name for path in prefix.source.iterdir()] == ["train-1"]
+
+
+def test_shards_cover_everything_once(tmp_path, local):
+    for number in range(7):
+        (local / f"part-{number}").write_text("x")
+    seen = []
+    for host in CLUSTER:
+        mount = channels.place(source(f"file://{local}", sharded=True), host, CLUSTER, tmp_path / "in", copy=False)
+        names = sorted(str(path.relative_to(mount.source)) for path in mount.source.rglob("*") if path.is_file())
+        assert 2 <= len(names) <= 4
+        seen += names
+    assert sorted(seen) == sorted(channels.objects(source(f"file://{local}")))
+
+
+def test_a_channel_of_one_group_is_shared_among_that_group_only(tmp_path, local):
+    shared = source(f"file://{local}", sharded=True, groups=("a",))
+    names = []
+    for host in CLUSTER[:2]:
+        mount = channels.place(shared, host, CLUSTER, tmp_path / "in", copy=False)
+        names.append([path.name for path in mount.source.rglob("*") if path.is_file()])
+    assert sorted(names) == [["a"], ["b"]]
+
+
+def test_copies_are_each_hosts_own(tmp_path, local):
+    mounts = [channels.place(source(f"file://{local}"), host, CLUSTER, tmp_path / "in", copy=True) for host in CLUSTER]
+    (mounts[0].source / "a").write_text("spoilt")
+    assert (mounts[1].source / "a").read_text() == "a"
+    assert (local / "a").read_text() == "a"
+    assert not mounts[0].read_only
+
+
+def test_fast_file_is_read_only_even_when_copies_are_asked_for(tmp_path, local):
+    mount = channels.place(source(f"file://{local}", mode="FastFile"), CLUSTER[0], CLUSTER, tmp_path / "in", copy=True)
+    assert mount.read_only
+
+
+@pytest.mark.parametrize(
+    ("address", "keys"),
+    [("s3://bucket/data", ["a", "sub/b"]), ("s3://bucket/data/", ["a", "sub/b"]), ("s3://bucket/data/a", ["a"]),
+     ("s3://bucket/da", ["data/a", "data/sub/b"]), ("s3://bucket", ["data/a", "data/sub/b", "other"])],
+)  # fmt: skip
+def test_a_channel_from_s3_takes_what_its_prefix_names(address, keys, tmp_path, monkeypatch):
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with mock_aws():
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="bucket")
+        for key in ("data/a", "data/sub/b", "data/folder/", "other"):
+            client.put_object(Bucket="bucket", Key=key, Body=b"x")
+        assert sorted(channels.objects(source(address))) == keys
+        mount = channels.place(source(address), CLUSTER[0], CLUSTER, tmp_path / "in", copy=False)
+        found = sorted(str(path.relative_to(mount.source)) for path in mount.source.rglob("*") if path.is_file())
+        assert found == keys
+        assert S3Store(address).bucket == "bucket"
+
+
+def test_models_of_all_hosts_are_merged_and_the_first_keeps_a_name(tmp_path, store):
+    for host, names in (("algo-1", ["same", "one"]), ("algo-2", ["same", "two"])):
+        (tmp_path / host).mkdir()
+        for name in names:
+            (tmp_path / host / name).write_text(host)
+    request = {"TrainingJobName": "j", "OutputDataConfig": {"S3OutputPath": store.uri}}
+    address = output.upload(request, "model", [tmp_path / "algo-1", tmp_path / "algo-2"], tmp_path / "scratch")
+    assert address == f"{store.uri}/j/output/model.tar.gz"
+    assert output.fetch(request, "model", tmp_path / "got") == 3
+    assert (tmp_path / "got" / "same").read_text() == "algo-1"
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_a_record_is_whole_at_every_moment(tmp_path):
+    record = Record.create(tmp_path, {"TrainingJobName": "j"})
+    stop = threading.Event()
+    broken: list[str] = []
+
+    def read() -> None:
+        while not stop.is_set():
+            try:
+                json.loads((tmp_path / "describe.json").read_text())
+            except ValueError as error:
+                broken.append(str(error))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for number in range(50):
+        record.to("Training" if number % 2 else "Interrupted", str(number))
+    stop.set()
+    reader.join()
+    assert broken == []
+    transitions = Record.load(tmp_path).value["SecondaryStatusTransitions"]
+    assert len(transitions) == 51
+    assert all("EndTime" in entry for entry in transitions[:-1])
+
+
+def test_a_failure_reason_is_cut_at_1024_characters(tmp_path):
+    record = Record.create(tmp_path, {"TrainingJobName": "j"})
+    record.fail("ñ" * 2000)
+    assert len(Record.load(tmp_path).value["FailureReason"]) == 1024
+    assert Record.load(tmp_path).status == "Failed"
+
+
+def test_stamped_lines_are_put_together_however_they_are_cut():
+    stamp = b"2026-09-27T12:30:05.123456789Z "
+    whole = stamp + b"uno\r\n" + stamp + "dós\n".encode() + stamp + b"no newline"
+    for size in (1, 3, 7, 1000):
+        chunks = [whole[i : i + size] for i in range(0, len(whole), size)]
+        assert [text for _, text in stamped_lines(chunks)] == ["uno", "dós", "no newline"]
+
+
+def test_the_last_stamp_says_where_to_go_on(tmp_path):
+    path = tmp_path / "algo-1.log"
+    assert last_stamp(path) is None
+    path.write_text("2026-09-27T12:30:05.000000001Z a\n2026-09-27T12:30:06.123456789Z b\n")
+    assert last_stamp(path) == "2026-09-27T12:30:06.123456789Z"
+    assert to_unix("2026-09-27T12:30:06.123456789Z") == pytest.approx(1790512206.123456, abs=1e-6)
