@@ -105,7 +105,7 @@ def host_options(
         memory=memory,
         cpus=cpus,
         encoding=encoding,
-        env_file=str(env_file) if env_file else None,
+        env_file=str(env_file.absolute()) if env_file else None,
         like=tables.get(prices.hosts_of(loaded.request)[0][0]) if like_instance else None,
         has_gpu_instance=loaded.target.kind == "ssh",
     )

@@ -19,8 +19,13 @@ def write_failure(path: Path, text: str) -> None:
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.tmp")
-        beside.write_text(text.rstrip() + "\n", encoding="utf-8", errors="backslashreplace")
-        os.replace(beside, path)
+        content = (text.rstrip() + "\n").encode("utf-8", errors="backslashreplace")
+        beside.write_bytes(content)
+        try:
+            os.replace(beside, path)
+        except OSError:  # the file itself is a mount
+            beside.unlink()
+            path.write_bytes(content)
 
 
 def read_failure(path: Path) -> str | None:

@@ -212,6 +212,8 @@ class S3ObjectStore(Store):
             raise StoreError(f"{url}: {_first_line(error)}; check the bucket and the prefix") from error
         except (BaseError, OSError, ValueError, botocore.exceptions.BotoCoreError) as error:
             text = _first_line(error)
+            if "ExpiredToken" in text:
+                raise StoreError(f"{url}: {text}; renew the credentials, or give the job a role that does") from error
             if _is_denied(error):
                 raise StoreError(
                     f"{url}: access denied ({text}); allow this role s3:GetObject, s3:ListBucket and, "

@@ -25,6 +25,8 @@ from .sync import CheckpointSync
 POLL_S = 0.25
 ENGINE_PATIENCE_S = 600.0
 FINAL_SYNC_PATIENCE_S = 600.0
+KILLED_CODES = (137, 143, 255)
+"""What a container ends with when its engine goes: by KILL, by TERM, or unknown."""
 
 
 class Outcome(StrEnum):
@@ -87,6 +89,7 @@ class Attempt:
         self.runs: list[HostRun] = []
         self._pumps: dict[str, Pump] = {}
         self._quiet = threading.Event()
+        self._unwatched = False
 
     # ---- before the start
 
@@ -146,6 +149,7 @@ class Attempt:
             if sync:
                 sync.adopt()
             self.runs.append(HostRun(host=host, root=root, container=containers[host.name], sync=sync))
+        self._unwatched = True
         return True
 
     def find_files(self) -> None:
@@ -230,12 +234,17 @@ class Attempt:
 
     def _look(self, engine_was_gone: bool) -> Result | None:
         """One look at everything that can end the attempt."""
+        # What ended before a new supervisor's first look ended while nobody watched, as at a restart of the machine.
+        unwatched, self._unwatched = self._unwatched, False
         for run in self.runs:
             run.end = run.end or self.engine.end(run.container)
             self._pump(run)
         ended = [run for run in self.runs if run.end]
         bad = [run for run in ended if run.end and run.end.exit_code != 0]
-        if bad and engine_was_gone:
+        if (engine_was_gone or unwatched) and any(
+            run.end and run.end.exit_code in KILLED_CODES and not run.end.out_of_memory for run in bad
+        ):
+            self.engine.kill(self._running())
             return self._finish(Outcome.HOST_LOST, "the docker engine died and took the job's containers with it")
         if bad:
             self.engine.stop(self._running(), self.options.stop_grace_s)

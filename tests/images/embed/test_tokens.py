@@ -5,28 +5,28 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import SENTENCES
-from embed.cuts import VISIBLE, can_cut, safe_cut
-from embed.tokens import OwnTokens, Status, read_window
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from embed.cuts import VISIBLE, can_cut, safe_cut
+from embed.tokens import OwnTokens, Row, Status, read_window
+
 MAX_LENGTH = 12
 LIKE = {"input_ids": torch.zeros(1, 1), "attention_mask": torch.zeros(1, 1), "modality": "text"}
 SPECIALS = ["<s>", "</s>", "<pad>", "<unk>", "<mask>"]
-QWEN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def trained(
-    model: models.Model, trainer: trainers.Trainer, normalizer: object, pre_tokenizer: object
+    model: models.Model, trainer: trainers.Trainer, normalizer: Any, pre_tokenizer: Any
 ) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizer
@@ -41,20 +41,24 @@ def trained(
     )
 
 
-def bpe(pre_tokenizer: object, normalizer: object = None) -> PreTrainedTokenizerFast:
+def bpe(pre_tokenizer: Any, normalizer: Any = None) -> PreTrainedTokenizerFast:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+    )
     return trained(models.BPE(unk_token="<unk>"), trainer, normalizer, pre_tokenizer)
 
 
-def unigram(pre_tokenizer: object, normalizer: object) -> PreTrainedTokenizerFast:
+def unigram(pre_tokenizer: Any, normalizer: Any) -> PreTrainedTokenizerFast:
     trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=SPECIALS, unk_token="<unk>", show_progress=False)
     return trained(models.Unigram(), trainer, normalizer, pre_tokenizer)
 
 
 def like_xlm_roberta() -> PreTrainedTokenizerFast:
     squeeze = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
-    tokenizer = unigram(pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]), squeeze)
+    tokenizer = unigram(
+        pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]), squeeze
+    )
     # XLM-R's own: it eats the white space before it.
     tokenizer.add_special_tokens({"mask_token": AddedToken("<mask>", lstrip=True, special=True)})
     return tokenizer
@@ -71,6 +75,11 @@ def like_qwen() -> PreTrainedTokenizerFast:
 def like_modernbert() -> PreTrainedTokenizerFast:
     tokenizer = bpe(pre_tokenizers.ByteLevel(add_prefix_space=False), normalizers.NFC())
     tokenizer.add_tokens([AddedToken(" " * spaces, normalized=True) for spaces in (2, 3, 4)])
+    return tokenizer
+
+
+def bert(minilm: Path, **how: str) -> PreTrainedTokenizerFast:
+    tokenizer: Any = AutoTokenizer.from_pretrained(minilm, **how)
     return tokenizer
 
 
@@ -95,7 +104,7 @@ def tokenizers(minilm: Path) -> dict[str, PreTrainedTokenizerFast]:
     made = {name: make() for name, make in (CUTTABLE | WHOLE).items()}
     spanning = bpe(pre_tokenizers.ByteLevel())
     spanning.add_tokens([AddedToken("la mar")])
-    return made | {"bert": AutoTokenizer.from_pretrained(minilm), "token with a space": spanning}
+    return made | {"bert": bert(minilm), "token with a space": spanning}
 
 
 def own(tokenizer: PreTrainedTokenizerFast, max_length: int = MAX_LENGTH, prompt: str = "") -> OwnTokens:
@@ -116,7 +125,8 @@ def agree(tokenizer: PreTrainedTokenizerFast, text: str, max_length: int = MAX_L
 
 PIECES = st.one_of(
     st.sampled_from(
-        ["mar", "Zarpó", unicodedata.normalize("NFD", "habló ñandú"), "船は夜明けに", "سفينة", "\u0600", "\u06dd١", "שלום",
+        ["mar", "Zarpó", unicodedata.normalize("NFD", "habló ñandú"), "船は夜明けに", "سفينة", "\u0600", "\u06dd١",
+         "שלום",
          "🚢👩‍✈️", "🇪🇸", "\u200b", "\u200d", "\ufeff", "\u0301", "ﬁn", "\ufdfa", "ẛ̣", "한국", "\u3164", "\u0d4e", "\xad",
          "<mask>", "<s>", "[SEP]", "don't", "12,40", "¿", "...", "´", "la mar", "x" * 120, "\x00", "\x85", "A\u030a"]
     ),
@@ -128,7 +138,7 @@ TEXTS = st.lists(st.tuples(PIECES, GAPS), min_size=1, max_size=120).map(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(text=TEXTS, prompt=st.sampled_from(["", "passage: ", "consulta "]))
 def test_a_prefix_gives_the_ids_of_the_whole_text(
     tokenizers: dict[str, PreTrainedTokenizerFast], text: str, prompt: str
@@ -141,25 +151,24 @@ def test_a_prefix_gives_the_ids_of_the_whole_text(
 
 LONG = {
     "no whitespace": "zarpó" * 4_000,
-    "one space far in": "z" * 20_000 + " mar " + "z" * 20_000,
-    "only spaces at first": " " * 30_000 + "mar " * 5_000,
-    "invisible at first": "\u200b " * 20_000 + "mar " * 5_000,
-    "chinese": "船は夜明けに出航した。" * 3_000,
-    "decomposed": unicodedata.normalize("NFD", "Habló el ñandú. ") * 3_000,
-    "composed": unicodedata.normalize("NFC", "Habló el ñandú. ") * 3_000,
-    "arabic": "أبحرت السفينة عند الفجر \u0600 ١٢ " * 2_000,
-    "emoji": "🚢👩‍✈️🇪🇸 " * 8_000,
-    "zero width between": "la\u200bmar\u200b " * 8_000,
+    "one space far in": "z" * 8_000 + " mar " + "z" * 8_000,
+    "only spaces at first": " " * 8_000 + "mar " * 2_000,
+    "invisible at first": "\u200b " * 8_000 + "mar " * 2_000,
+    "one token in 150 characters": ("x" * 150 + " ") * 500,
+    "few tokens, much that is dropped": ("a" + "\u200b" * 90 + "a ") * 500,
+    "chinese": "船は夜明けに出航した。" * 1_000,
+    "decomposed": unicodedata.normalize("NFD", "Habló el ñandú. ") * 1_000,
+    "composed": unicodedata.normalize("NFC", "Habló el ñandú. ") * 1_000,
+    "arabic": "أبحرت السفينة عند الفجر \u0600 ١٢ " * 1_000,
+    "emoji": "🚢👩‍✈️🇪🇸 " * 2_000,
+    "zero width between": "la\u200bmar\u200b " * 2_000,
 }
 
 
 @pytest.mark.parametrize("name", LONG)
-@pytest.mark.parametrize("max_length", [8, 64])
-def test_long_texts_of_every_kind_keep_their_ids(
-    tokenizers: dict[str, PreTrainedTokenizerFast], name: str, max_length: int
-) -> None:
+def test_long_texts_of_every_kind_keep_their_ids(tokenizers: dict[str, PreTrainedTokenizerFast], name: str) -> None:
     for tokenizer in tokenizers.values():
-        agree(tokenizer, LONG[name], max_length)
+        agree(tokenizer, LONG[name], 24)
 
 
 @pytest.mark.parametrize("name", ["bert", *CUTTABLE])
@@ -169,7 +178,12 @@ def test_a_long_document_is_not_tokenised_beyond_what_is_read(
     tokens = own(tokenizers[name], 256)
     seen: list[int] = []
     real = tokens._tokenise
-    monkeypatch.setattr(tokens, "_tokenise", lambda texts: (seen.extend(map(len, texts)), real(texts))[1])
+
+    def noted(texts: list[str]) -> list[Row]:
+        seen.extend(map(len, texts))
+        return real(texts)
+
+    monkeypatch.setattr(tokens, "_tokenise", noted)
     document = " ".join(SENTENCES * 600)
     assert len(document) > 350_000
     (row,) = tokens.rows([document])
@@ -188,7 +202,7 @@ def test_where_whitespace_does_not_split_the_whole_text_is_tokenised(
 
 
 def test_left_truncation_reads_the_end_of_the_whole_text(minilm: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(minilm, truncation_side="left")
+    tokenizer = bert(minilm, truncation_side="left")
     agree(tokenizer, " ".join(SENTENCES) * 50 + " fin")
 
 
@@ -201,9 +215,11 @@ def test_a_cut_stands_before_a_space_and_after_something_visible(text: str, want
         assert VISIBLE.match(text[cut - 1])
 
 
-@pytest.mark.parametrize("text", ["", " \t\n", "\u00a0\u3000\u2028", "\u200b\u200d\ufeff", "\x00\x07", "\u3164", "\ufe0f"])
+@pytest.mark.parametrize(
+    "text", ["", " \t\n", "\u00a0\u3000\u2028", "\u200b\u200d\ufeff", "\x00\x07", "\u3164", "\ufe0f"]
+)
 def test_what_nobody_can_see_is_empty(minilm: Path, text: str) -> None:
-    tokens = own(AutoTokenizer.from_pretrained(minilm))
+    tokens = own(bert(minilm))
     assert read_window(tokens, [text]).status.tolist() == [Status.EMPTY]
     assert read_window(tokens, [text.encode()]).status.tolist() == [Status.EMPTY]
 
@@ -211,14 +227,14 @@ def test_what_nobody_can_see_is_empty(minilm: Path, text: str) -> None:
 @pytest.mark.parametrize("prompt", ["", "passage: "])
 def test_a_text_that_gives_no_token_of_its_own_is_empty_with_a_prompt_too(minilm: Path, prompt: str) -> None:
     private = "\ue000\ue001"  # private use: BERT's normalizer drops it
-    window = read_window(own(AutoTokenizer.from_pretrained(minilm), prompt=prompt), [private, "mar", "🙂"])
+    window = read_window(own(bert(minilm), prompt=prompt), [private, "mar", "🙂"])
     assert window.status.tolist() == [Status.EMPTY, Status.OK, Status.OK]
     assert window.n_tokens[0] == 0
 
 
 def test_rows_are_padded_on_the_tokenizers_side(minilm: Path) -> None:
     for side, mask in (("right", [[1, 1, 1, 0], [1, 1, 1, 1]]), ("left", [[0, 1, 1, 1], [1, 1, 1, 1]])):
-        tokens = own(AutoTokenizer.from_pretrained(minilm, padding_side=side))
+        tokens = own(bert(minilm, padding_side=side))
         features = tokens.features(read_window(tokens, ["mar", None, "mar mar"]), np.array([0, 2]), 1)
         assert features["attention_mask"].tolist() == mask
         assert features["modality"] == "text"

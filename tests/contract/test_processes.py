@@ -1,0 +1,186 @@
+"""PID 1: signals reach who can act on them, exit statuses survive, orphans are buried, the reason is written down."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+
+import pytest
+
+from contract.checks import tree_of
+from contract.containers import Image, Tree
+from contract.workloads import Prepared
+
+SOON_S = 10.0
+"""Seconds on a busy machine; a signal that got lost would take the whole grace period."""
+
+SAVES = """
+import os, pathlib, signal, sys, time
+def save(signum, frame):
+    pathlib.Path("/opt/ml/model/saved").write_text(signal.Signals(signum).name)
+    sys.exit(3)
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGINT, save)
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+# Wait until the workload has taken over TERM, then send two; its own loading takes longer than that.
+TWO_TERMS = """
+import os, pathlib, signal, time
+def workload():
+    for path in pathlib.Path("/proc").glob("[0-9]*"):
+        status = dict(line.split(":\\t", 1) for line in (path / "status").read_text().splitlines() if ":\\t" in line)
+        if status["PPid"] == "1" and int(status["SigCgt"], 16) >> (signal.SIGTERM - 1) & 1:
+            return True
+while not workload():
+    time.sleep(0.01)
+os.kill(1, signal.SIGTERM)
+time.sleep(0.3)
+os.kill(1, signal.SIGTERM)
+time.sleep(600)
+"""
+
+ZOMBIES = """
+for i in 1 2 3 4 5; do (sleep 0.1 & exec true) & done; wait
+for i in $(seq 100); do
+    left=$(cat /proc/[0-9]*/stat 2>/dev/null | awk '{ sub(/.*[)] /, ""); if (($1 == "Z" || $1 == "S") && $2 == 1) n++ } END { print n + 0 }')
+    [ "$left" = 1 ] && echo "all buried" && exit 0
+    sleep 0.1
+done
+ps -eo pid,ppid,stat,args; exit 1
+"""
+
+
+def test_pid_1_is_the_job_layer(image: Image) -> None:
+    told = image.tell(["bash", "-c", "tr '\\0' ' ' </proc/1/cmdline"])
+    assert re.match(r"\S*python\S* -m estiba\.entry bash -c", told)
+
+
+@pytest.mark.parametrize("code", [0, 1, 7, 127])
+def test_a_commands_exit_status_survives(code: int, image: Image, tree: Tree) -> None:
+    ended = image.run(["bash", "-c", f"echo last words >&2; exit {code}"], tree=tree)
+    assert ended.code == code
+    if code:
+        assert tree.failure is not None
+        assert tree.failure.startswith("last words\n")
+        assert f"exit code {code}" in tree.failure
+    else:
+        assert tree.failure is None
+
+
+def test_a_command_that_a_signal_kills_ends_with_128_and_the_signal(image: Image, tree: Tree) -> None:
+    ended = image.run(["bash", "-c", "kill -SEGV $$"], tree=tree)
+    assert ended.code == 128 + signal.SIGSEGV
+    assert "SIGSEGV" in (tree.failure or "").splitlines()[0]
+
+
+def test_a_command_that_is_not_there_ends_with_127(image: Image, tree: Tree) -> None:
+    ended = image.run(["zarpar"], tree=tree)
+    assert ended.code == 127
+    assert "'zarpar' is not in this image" in (tree.failure or "")
+    assert "Traceback" not in ended.log
+
+
+def test_a_command_that_cannot_be_run_ends_with_126(image: Image, tree: Tree) -> None:
+    ended = image.run(["/etc/passwd"], tree=tree)
+    assert ended.code == 126
+    assert "/etc/passwd" in (tree.failure or "")
+    assert "Traceback" not in ended.log
+
+
+def test_output_and_errors_stay_apart(image: Image) -> None:
+    ended = image.run(["bash", "-c", "echo one; echo two >&2"])
+    assert (ended.out, ended.err) == ("one\n", "two\n")
+
+
+def test_a_commands_traceback_is_told_by_its_last_line(image: Image, tree: Tree) -> None:
+    code = "def f():\n raise LookupError('no hay puerto')\nf()"
+    assert image.run(["python", "-c", code], tree=tree).code == 1
+    assert tree.failure is not None
+    assert tree.failure.startswith("LookupError: no hay puerto\n")
+
+
+def test_docker_stop_reaches_a_shells_trap(image: Image) -> None:
+    running = image.start(["bash", "-c", 'trap "echo bye; exit 3" TERM; sleep 600 & echo ready; wait'])
+    running.wait_for_line("ready")
+    seconds = running.stop()
+    ended = running.end()
+    assert (ended.code, seconds < SOON_S) == (3, True)
+    assert "bye" in ended.log
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_reaches_a_program_below_a_shell(name: str, image: Image, tree: Tree) -> None:
+    """The shell would die of it and leave the program to be killed; both get it, and the program can save."""
+    running = image.start(["bash", "-c", f"echo start; python -c '{SAVES.replace(chr(39), chr(34))}'; exit $?"], tree=tree)
+    running.wait_for_line("ready")
+    running.signal(name)
+    started = time.monotonic()
+    ended = running.end()
+    assert time.monotonic() - started < SOON_S
+    assert (tree.model / "saved").read_text() == name
+    assert ended.code in (3, 128 + getattr(signal, name)), ended.log  # the program's, or the shell's that died of it
+    assert name in (tree.failure or "")
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGHUP", 129), ("SIGQUIT", 131), ("SIGUSR1", 138)])
+def test_other_signals_are_passed_on(name: str, code: int, image: Image) -> None:
+    running = image.start(["python", "-c", "import time; print('ready', flush=True); time.sleep(600)"])
+    running.wait_for_line("ready")
+    running.signal(name)
+    assert running.end().code == code
+
+
+def test_a_program_that_ignores_term_is_killed_while_there_is_time_to_say_so(image: Image, tree: Tree) -> None:
+    code = "import signal, time; signal.signal(15, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
+    running = image.start(["python", "-c", code], tree=tree, environment={"ESTIBA_STOP_GRACE_S": "6"})
+    running.wait_for_line("ready")
+    assert running.stop(timeout_s=60) < 2 + SOON_S
+    assert running.end().code == 128 + signal.SIGKILL
+    assert "did not stop within 2 s of SIGTERM" in (tree.failure or "")
+
+
+def test_ctrl_c_on_a_terminal_reaches_the_program(image: Image) -> None:
+    code = "import time\nprint('ready', flush=True)\ntry: time.sleep(600)\nexcept KeyboardInterrupt: exit(9)"
+    running = image.start(["python", "-c", code], tty=True, stdin_open=True)
+    running.wait_for_line("ready")
+    socket = running.container.attach_socket(params={"stdin": 1, "stream": 1})
+    socket._sock.sendall(b"\x03")
+    assert running.end().code == 9
+    socket.close()
+
+
+def test_orphans_are_buried(image: Image) -> None:
+    """Data loaders and shells leave children behind; nobody but PID 1 can take their exit status."""
+    assert "all buried" in image.tell(["bash", "-c", ZOMBIES])
+
+
+def test_an_orphan_does_not_keep_an_ended_job_alive(image: Image) -> None:
+    ended = image.run(["bash", "-c", "setsid sleep 600 & exit 4"])
+    assert ended.code == 4
+    assert ended.seconds < SOON_S
+
+
+def test_running_out_of_memory_is_told_as_that(image: Image, tree: Tree) -> None:
+    if not image.client.info().get("MemoryLimit"):
+        pytest.skip("this engine cannot limit memory (no memory controller)")
+    ended = image.run(
+        ["python", "-c", "held = bytearray(10**9)"], tree=tree, mem_limit="256m", memswap_limit="256m"
+    )
+    assert ended.code == 137, ended.log
+    assert (tree.failure or "").startswith("out of memory")
+    assert "256 MiB" in (tree.failure or "")
+
+
+def test_a_second_term_ends_the_workload_at_once(image: Image, prepared: Prepared, tree: Tree) -> None:
+    """Whoever sends it has stopped waiting. Sent while the workload loads its libraries, which takes seconds."""
+    running = image.start(tree=tree_of(prepared.quick, tree.root))
+    running.container.exec_run(["python", "-c", TWO_TERMS])
+    ended = running.end()
+    assert ended.code == 143, ended.log
+    assert "once more ends at once" in ended.log
+    assert "run the same command again" not in ended.log, "it stopped in good order, so not at once"
+    assert (tree.failure or "").startswith("stopped by SIGTERM")
+    assert tree.results() == {}
