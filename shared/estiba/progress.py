@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
+
+from estiba.stop import seconds
 
 INTERVAL_S = 10.0
 
@@ -29,14 +32,17 @@ class Progress:
         done: float = 0,
         stream: TextIO | None = None,
         metrics_path: Path | None = None,
-        interval_s: float = INTERVAL_S,
+        interval_s: float | None = None,
     ) -> None:
-        """`done` is what an earlier attempt did: counted in the share, never in the rate."""
+        """`done` is what an earlier attempt did: counted in the share, never in the rate.
+
+        `interval_s` is between lines; None takes ESTIBA_LOG_INTERVAL_S, or ten seconds.
+        """
         self.total, self.unit, self.resumed = total, unit, done
         self.done = done
         self._stream = stream or sys.stderr
         self._metrics = metrics_path
-        self._interval_s = interval_s
+        self._interval_s = interval_s or seconds(os.environ, "ESTIBA_LOG_INTERVAL_S") or INTERVAL_S
         self._started = self._last = time.monotonic()
         self._bar: tqdm | None = None
         if self._stream.isatty():
