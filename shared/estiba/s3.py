@@ -151,8 +151,9 @@ class S3ObjectStore(Store):
             raise StoreError(f"{self.url_of(path)}: there is no such object; check the prefix")
         return entry.size_bytes
 
-    def open(self, path: str) -> BinaryIO:
-        return exact_reader(_RangedFile(self, path, self._size(path)), READ_AHEAD_BYTES)
+    def open(self, path: str, size_bytes: int | None = None) -> BinaryIO:
+        size = self._size(path) if size_bytes is None else size_bytes
+        return exact_reader(_RangedFile(self, path, size), READ_AHEAD_BYTES)
 
     @contextlib.contextmanager
     def writer(self, path: str) -> Iterator[BinaryIO]:

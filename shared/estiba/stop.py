@@ -14,7 +14,9 @@ import time
 import urllib.request
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from concurrent.futures import Future
 from types import FrameType
+from typing import TypeVar
 
 from estiba.errors import ConfigError, Interrupted
 
@@ -26,6 +28,9 @@ SPOT_NOTICE_S = 120.0
 
 # The notice comes from this host's own hypervisor; a proxy from the environment would never hear of it.
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+T = TypeVar("T")
 
 
 class Stop:
@@ -90,6 +95,28 @@ class Stop:
     def seconds_left(self) -> float | None:
         """Seconds until the process will be killed; None while nothing asked to stop."""
         return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    def unless_stopped(self, action: Callable[[], T], what_is_safe: str) -> T:
+        """Run something that cannot be polled, such as loading a model; a stop does not wait for its end.
+
+        Raises Interrupted, leaving the action to the end of the process, or what the action raised.
+        """
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(action())
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, name="estiba-unless-stopped", daemon=True).start()
+        while not self():
+            try:
+                return future.result(timeout=0.1)
+            except TimeoutError:
+                if future.done():  # the action's own
+                    raise
+        raise self.interrupted(what_is_safe)
 
     def interrupted(self, what_is_safe: str) -> Interrupted:
         """The error to end with: why, and what is safe."""

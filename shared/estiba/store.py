@@ -58,8 +58,8 @@ class Store(ABC):
         """Exactly the bytes asked for; short answers are errors."""
 
     @abstractmethod
-    def open(self, path: str) -> BinaryIO:
-        """A seekable, read-only file."""
+    def open(self, path: str, size_bytes: int | None = None) -> BinaryIO:
+        """A seekable, read-only file. A size that is known already saves asking for it."""
 
     @abstractmethod
     def writer(self, path: str) -> contextlib.AbstractContextManager[BinaryIO]:
@@ -160,7 +160,7 @@ class FileStore(Store):
             )
         return data
 
-    def open(self, path: str) -> BinaryIO:
+    def open(self, path: str, size_bytes: int | None = None) -> BinaryIO:
         with _explained(self.url_of(path)):
             return open(self.path_of(path), "rb")
 

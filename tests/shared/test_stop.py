@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -270,6 +271,7 @@ def test_the_notice_is_asked_for_directly_whatever_proxy_is_set(
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it would remember the environment of an earlier call
     metadata.notice = notice_in(60)
     assert in_process(spot_notice=True).wait(5)
 

@@ -17,7 +17,7 @@ from embed.model import Encoder
 from embed.worker import Event, Task, encoder_config, work_through
 from estiba.checkpoint import Pieces
 from estiba.errors import EstibaError
-from estiba.stop import say
+from estiba.stop import Stop, say
 from estiba.store import open_store
 
 _PR_SET_PDEATHSIG = 1
@@ -36,9 +36,11 @@ class Hello:
 class Solo:
     """The model in this process."""
 
-    def __init__(self, config: EmbedConfig, model: str, input_location: str) -> None:
+    def __init__(self, config: EmbedConfig, model: str, input_location: str, stop: Stop) -> None:
         self._config = config
-        self._encoder = Encoder(encoder_config(config, model, config.device))
+        self._encoder = stop.unless_stopped(
+            lambda: Encoder(encoder_config(config, model, config.device)), "nothing had been computed yet"
+        )
         self._source = open_store(input_location)
         self.hello = _hello(self._encoder)
         self.size = 1
@@ -65,7 +67,7 @@ class Team:
     """One process per device, each with its own model, fed with row groups as they become free."""
 
     def __init__(
-        self, config: EmbedConfig, model: str, input_location: str, devices: Sequence[str], should_stop: Callable[[], bool]
+        self, config: EmbedConfig, model: str, input_location: str, devices: Sequence[str | None], stop: Stop
     ) -> None:
         context = get_context("spawn")  # a forked CUDA context or obstore runtime does not work
         self.size = len(devices)
@@ -84,10 +86,10 @@ class Team:
             self._processes.append(process)
         waiting = self.size
         while waiting:
-            event = self._next(should_stop)
+            event = self._next(stop)
             if event is None:
                 self.close()
-                raise StoppedEarly
+                raise stop.interrupted("nothing had been computed yet")
             if isinstance(event, Hello):
                 self.hello = event
                 waiting -= 1
@@ -131,10 +133,6 @@ class Team:
         return None
 
 
-class StoppedEarly(Exception):
-    """The job was stopped while the models were loading."""
-
-
 def _serve(
     parent: int, config: EmbedConfig, model: str, input_location: str, device: str, tasks: Any, events: Any, stop: Any
 ) -> None:
@@ -174,13 +172,13 @@ def _serve(
             events.join_thread()
 
 
-def gather(config: EmbedConfig, model: str, input_location: str, should_stop: Callable[[], bool]) -> Solo | Team:
+def gather(config: EmbedConfig, model: str, input_location: str, stop: Stop) -> Solo | Team:
     """The crew for this machine: a process per GPU where there are several, else this one."""
     devices = _devices(config)
     if len(devices) == 1:
-        return Solo(config.model_copy(update={"device": devices[0]}), model, input_location)
-    say(f"{len(devices)} workers: {', '.join(devices)}")
-    return Team(config, model, input_location, devices, should_stop)
+        return Solo(config.model_copy(update={"device": devices[0]}), model, input_location, stop)
+    say(f"{len(devices)} workers: {', '.join(map(str, devices))}")
+    return Team(config, model, input_location, devices, stop)
 
 
 def _devices(config: EmbedConfig) -> list[str | None]:

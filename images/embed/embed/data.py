@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow as pa
@@ -44,6 +45,8 @@ class Table:
     row_group_rows: tuple[int, ...]
     row_bytes: tuple[int, ...]
     """Mean decoded size of a row, by row group."""
+    metadata: pq.FileMetaData = field(repr=False, compare=False)
+    """The footer, read once: a file of thousands of row groups is opened once for each."""
 
     @property
     def path(self) -> str:
@@ -106,7 +109,7 @@ def open_input(location: str) -> tuple[Store, list[Source], list[str]]:
         if entry is not None:
             return single, [_source(entry)], []
         raise ConfigError(
-            f"{location}: no input files there; mount a directory of parquet files on it "
+            f"{location}: no input files there{_what_is_beside(location)}; mount a directory of parquet files on it "
             "(-v DIR:/opt/ml/input/data/dataset), name the channel `dataset`, or pass --input-path"
         )
     sources, ignored = [], []
@@ -114,6 +117,15 @@ def open_input(location: str) -> tuple[Store, list[Source], list[str]]:
         hidden = any(part.startswith((".", "_")) for part in entry.path.split("/"))
         (ignored.append(entry.path) if hidden else sources.append(_source(entry)))
     return store, sources, ignored
+
+
+def _what_is_beside(location: str) -> str:
+    """Names of the folders beside a missing one: a channel of another name is the usual mistake."""
+    parent = Path(location).parent
+    if "://" in location or not parent.is_dir():
+        return ""
+    names = sorted(path.name for path in parent.iterdir() if path.is_dir() and path != Path(location))
+    return f" (beside it: {', '.join(names)})" if names else ""
 
 
 def _source(entry: Entry) -> Source:
@@ -135,7 +147,7 @@ def share_of(sources: Sequence[Source], host_index: int, host_count: int) -> lis
 def inspect(store: Store, source: Source) -> Table | Bad:
     """Read the footer. A file that is not parquet is Bad; a store that does not answer raises StoreError."""
     try:
-        with store.open(source.path) as file:
+        with store.open(source.path, source.size_bytes) as file:
             if source.size_bytes < 12 or file.read(4) != MAGIC:
                 return Bad(path=source.path, reason=f"not a parquet file ({source.size_bytes} bytes)")
             identity = _identity(file, source)
@@ -154,6 +166,7 @@ def inspect(store: Store, source: Source) -> Table | Bad:
         schema=schema,
         row_group_rows=tuple(group.num_rows for group in groups),
         row_bytes=tuple(group.total_byte_size // max(1, group.num_rows) + 1 for group in groups),
+        metadata=metadata,
     )
 
 
@@ -249,7 +262,7 @@ def batches(
     size = row_bytes or table.row_bytes[row_group]
     rows = max(1, min(SCAN_ROWS, SCAN_BYTES // size))
     try:
-        parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=READ_BUFFER_BYTES)
+        parquet = pq.ParquetFile(file, metadata=table.metadata, pre_buffer=False, buffer_size=READ_BUFFER_BYTES)
         yield from parquet.iter_batches(
             batch_size=rows, row_groups=[row_group], columns=list(columns) if columns is not None else None, use_threads=False
         )
@@ -275,7 +288,7 @@ def stretches(
         return
     texts: list[str | bytes | None] = []
     characters = raw = position = 0
-    with store.open(table.path) as file:
+    with store.open(table.path, table.source.size_bytes) as file:
         for batch in batches(file, table, row_group, [column]):
             first, position = position, position + batch.num_rows
             if gap is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -82,6 +83,7 @@ class Work:
         self._joins: list[Future[None]] = []
         self._abandoned = threading.Event()
         self._since_ledger = 0
+        self._ledger_end, self._ledger_s = time.monotonic(), 0.0
 
     # --- what is done ------------------------------------------------------------------------------------------
 
@@ -254,7 +256,9 @@ class Work:
             with self.lock:
                 item.written, item.state = written, State.DONE
                 self._since_ledger += 1
-                due = self._since_ledger >= self.config.checkpoint_every
+                # With very many files the ledger is long: it may take a fiftieth of the time, not more.
+                is_cheap = time.monotonic() - self._ledger_end >= 50 * self._ledger_s
+                due = self._since_ledger >= self.config.checkpoint_every and is_cheap
             try:
                 if due:
                     self.write_ledger()
@@ -296,7 +300,10 @@ class Work:
                 for item in self.files.values()
                 if item.written is not None
             ]
+        began = time.monotonic()
         self.ledger.write(json.dumps({"files": records}).encode())
+        self._ledger_end = time.monotonic()
+        self._ledger_s = self._ledger_end - began
 
     # --- words -------------------------------------------------------------------------------------------------
 

@@ -109,7 +109,7 @@ def write_output(
     counts = Counts()
     with target.writer(table.path) as raw:
         hashed = _HashingFile(raw)
-        with pq.ParquetWriter(hashed, schema, **_encoding(schema, config)) as writer, source.open(table.path) as file:
+        with pq.ParquetWriter(hashed, schema, **_encoding(schema, config)) as writer, source.open(table.path, table.source.size_bytes) as file:
             for row_group in range(len(table.row_group_rows)):
                 vectors = _VectorReader(pieces, file_key(table), coverage.spans(row_group))
                 held: list[pa.RecordBatch] = []

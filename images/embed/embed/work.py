@@ -18,7 +18,7 @@ from pathlib import Path
 
 import xxhash
 from embed.config import EmbedConfig
-from embed.crew import Hello, Solo, StoppedEarly, Team, gather
+from embed.crew import Hello, Solo, Team, gather
 from embed.data import Bad, Table, check_columns, inspect, open_input, share_of
 from embed.files import Work
 from embed.output import check_names
@@ -40,15 +40,12 @@ def embed(config: EmbedConfig, job: Job, stop: Stop) -> None:
     """Run the job. Raises EstibaError: Interrupted when asked to stop, DataError when a bad file should fail it."""
     started = time.monotonic()
     check_places(config)
-    source, tables, bad, ignored = take_stock(config, job)
+    source, tables, bad, ignored = stop.unless_stopped(lambda: take_stock(config, job), "nothing had been computed yet")
     target = open_store(config.output_path)
     check_writable(target, "--output-path")
     with saved_work(config, job) as saved:
-        model = _local_model(config.model)
-        try:
-            crew = gather(config, model, source.url, stop)
-        except StoppedEarly:
-            raise stop.interrupted("nothing had been computed yet") from None
+        model = stop.unless_stopped(lambda: _local_model(config.model), "nothing had been computed yet")
+        crew = gather(config, model, source.url, stop)
         loaded = time.monotonic()
         try:
             work = open_work(config, job, crew.hello, source, target, saved, tables, bad)

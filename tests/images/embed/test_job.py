@@ -372,3 +372,35 @@ def test_a_full_disk_ends_the_job_with_its_saved_work_intact(place, inputs, tiny
     monkeypatch.undo()
     monkeypatch.setenv("ESTIBA_ROOT", str(place))
     assert run(tiny_model)["rows"]["resumed"] > 0
+
+
+def test_columns_of_every_kind_pass_through_unchanged(place, inputs, tiny_model):
+    import datetime as dt
+    from decimal import Decimal
+
+    texts = ["hola", None, "mar"]
+    table = pa.table(
+        {
+            "texto": pa.array(texts).dictionary_encode(),
+            "hora": pa.array([dt.datetime(2026, 1, 1), None, dt.datetime(2027, 1, 1)], pa.timestamp("us", "Europe/Madrid")),
+            "dinero": pa.array([Decimal("1.50"), None, Decimal("2.25")], pa.decimal128(9, 2)),
+            "mapa": pa.array([[("a", 1)], None, []], pa.map_(pa.string(), pa.int32())),
+            "bytes": pa.array([b"\x00\xff", None, b""], pa.binary()),
+            "fijo": pa.array([b"abcd", None, b"efgh"], pa.binary(4)),
+            "lista": pa.array([[1, None], None, []], pa.large_list(pa.int8())),
+            "vector": pa.array([[1.0, 2.0], None, [3.0, 4.0]], pa.list_(pa.float64(), 2)),
+            "hondo": pa.array([{"a": [{"b": None}]}, None, {"a": []}]),
+            "nada": pa.nulls(3),
+            "dur": pa.array([1, None, 3], pa.duration("ms")),
+            "con.punto": pa.array([True, None, False]),
+            "vista": pa.array(texts, pa.string_view()),
+        },
+    ).replace_schema_metadata({"pandas": '{"columns": []}', "otro": "ñ"})
+    pq.write_table(table, inputs / "a.parquet", row_group_size=2)
+    run(tiny_model)
+    expected = pq.read_table(inputs / "a.parquet")
+    out = outputs(place)
+    assert out.select(expected.schema.names).equals(expected)
+    assert out.schema.metadata[b"otro"] == "ñ".encode() and b"pandas" in out.schema.metadata
+    for name in expected.schema.names:
+        assert out.schema.field(name).type == expected.schema.field(name).type
