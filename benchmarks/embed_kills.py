@@ -29,7 +29,8 @@ sys.path.insert(0, {tests!r})
 import rehearsal, tiny_model
 place = Path(tempfile.mkdtemp())
 model = tiny_model.build(place / "model")
-found = rehearsal.rehearse(place / "job", model, kills={kills}, seed={seed}, is_new_host={is_new_host}, files={files}, rows={rows})
+options = dict(kills={kills}, seed={seed}, is_new_host={is_new_host}, files={files}, rows={rows})
+found = rehearsal.rehearse(place / "job", model, **options)
 print("REHEARSAL " + json.dumps({{**vars(found), "rows_twice": found.rows_twice, "within_bound": found.within_bound}}))
 """
 
@@ -37,7 +38,12 @@ print("REHEARSAL " + json.dumps({{**vars(found), "rows_twice": found.rows_twice,
 def rehearse(is_new_host: bool, options: argparse.Namespace) -> dict[str, object]:
     tests = "/opt/estiba/tests"
     program = INSIDE.format(
-        tests=tests, kills=options.kills, seed=options.seed, is_new_host=is_new_host, files=options.files, rows=options.rows
+        tests=tests,
+        kills=options.kills,
+        seed=options.seed,
+        is_new_host=is_new_host,
+        files=options.files,
+        rows=options.rows,
     )
     mount = f"{ROOT}/tests/images/embed:{tests}:ro"
     command = ["docker", "run", "--rm", "-v", mount, "--entrypoint", "python", options.image, "-c", program]
@@ -66,7 +72,12 @@ def main() -> int:
         goals.append({"name": f"{name}: output equal", "value": found["equal"], "goal": "true", "met": found["equal"]})
         per_kill = found["rows_twice"] / max(1, len(found["kills"])) / found["largest_row_group"]
         goals.append(
-            {"name": f"{name}: row groups twice per kill", "value": round(per_kill, 3), "goal": "<=1", "met": found["within_bound"]}
+            {
+                "name": f"{name}: row groups twice per kill",
+                "value": round(per_kill, 3),
+                "goal": "<=1",
+                "met": found["within_bound"],
+            }
         )
         goals.append(
             {

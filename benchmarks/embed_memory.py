@@ -43,7 +43,9 @@ def make_file(path: Path, gigabytes: float, row_groups: int) -> int:
             data = b"".join(dice.randbytes(ROW_BYTES).translate(letters) for _ in range(count))
             offsets = array("q", range(0, (count + 1) * ROW_BYTES, ROW_BYTES))
             text = pa.LargeStringArray.from_buffers(count, pa.py_buffer(offsets), pa.py_buffer(data))
-            writer.write_table(pa.table([pa.array(range(start, start + count)), text], schema=schema), row_group_size=count)
+            writer.write_table(
+                pa.table([pa.array(range(start, start + count)), text], schema=schema), row_group_size=count
+            )
     return rows
 
 
@@ -61,7 +63,8 @@ def main() -> int:
     size = (place / "in/grande.parquet").stat().st_size
     print(f"input: {size / 1e9:.2f} GB, {rows} rows, {options.row_groups} row group(s)")
     build = (
-        "import sys; sys.path.insert(0, '/tests'); import tiny_model, pathlib; tiny_model.build(pathlib.Path('/work/model'))"
+        "import sys, pathlib; sys.path.insert(0, '/tests'); "
+        "import tiny_model; tiny_model.build(pathlib.Path('/work/model'))"
     )
     subprocess.run(
         ["docker", "run", "--rm", "-v", f"{ROOT}/tests/images/embed:/tests:ro", "-v", f"{place}:/work", options.image,
@@ -76,8 +79,8 @@ def main() -> int:
     limit = f"{options.limit_mb}m"
     began = time.monotonic()
     done = subprocess.run(
-        ["docker", "run", "--rm", "--memory", limit, "--memory-swap", limit, "-v", f"{place}:/work", options.image, "bash",
-         "-c", job],
+        ["docker", "run", "--rm", "--memory", limit, "--memory-swap", limit, "-v", f"{place}:/work", options.image,
+         "bash", "-c", job],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     seconds = time.monotonic() - began

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Run tests, fast ones first; stop at the first room that fails.
 #
-#   scripts/test.sh                # shared, launch, repo; then each image's own tests inside it; then the contract
-#   scripts/test.sh fast           # shared, launch, repo: no Docker, under a minute
+#   scripts/test.sh                # fast; then each image's own tests inside it; the contract; the local host in Docker
+#   scripts/test.sh fast           # shared, launch, repo: what needs no Docker
 #   scripts/test.sh repo           # one room: shared, launch, repo, contract, or an image's name
 #   scripts/test.sh embed -k resume    # further words go to pytest
 #
@@ -31,7 +31,7 @@ inside() { # image, pytest's words
 room="${1:-all}"
 [ $# -eq 0 ] || shift
 case "$room" in
-    fast) host tests/shared tests/launch tests/repo "$@" ;;
+    fast) host -m "not docker and not slow" tests/shared tests/launch tests/repo "$@" ;;
     shared | launch | repo) host "tests/$room" "$@" ;;
     contract)
         # shellcheck disable=SC2046 # names without spaces
@@ -40,7 +40,8 @@ case "$room" in
     all)
         bash "$0" fast
         for image in $(images); do inside "$image"; done
-        bash "$0" contract ;;
+        bash "$0" contract
+        host -m "docker and not slow" tests/launch ;;
     *)
         [ -f "images/$room/Dockerfile" ] || { echo "test: no room '$room'; one of: fast shared launch repo contract $(images | paste -sd' ')" >&2; exit 2; }
         inside "$room" "$@" ;;

@@ -108,7 +108,7 @@ class Ledger:
 
     def newest(self) -> Iterator[bytes]:
         """Every host's newest record that verifies."""
-        writers = sorted({key.rsplit("/", 1)[0] for key in self._pieces.keys()})
+        writers = sorted({key.rsplit("/", 1)[0] for key in self._pieces.keys()})  # noqa: SIM118 - not a mapping
         for writer in writers:
             for key in reversed(self._pieces.keys(f"{writer}/")):
                 data = self._pieces.load(key)

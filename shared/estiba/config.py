@@ -90,7 +90,9 @@ def _from_hyperparameters(cls: type[Config], values: Mapping[str, str], problems
             continue
         value = _unquote(raw)
         if name in given and given[name].value != value:
-            problems.append(f"{given[name].origin} and {key!r} are the same setting with different values; give one of them")
+            problems.append(
+                f"{given[name].origin} and {key!r} are the same setting with different values; give one of them"
+            )
         given[name] = _Given(value, f"hyperparameter {key!r}")
     return given
 
@@ -110,7 +112,9 @@ def _from_environment(cls: type[Config], environ: Mapping[str, str], problems: l
     for variable in sorted(environ):
         if variable.startswith(ENV_PREFIX) and variable not in known:
             problems.append(
-                _unknown("environment variable", variable, cls, lambda name: ENV_PREFIX + name.upper(), extra=RESERVED_ENV)
+                _unknown(
+                    "environment variable", variable, cls, lambda name: ENV_PREFIX + name.upper(), extra=RESERVED_ENV
+                )
             )
     return given
 
@@ -163,7 +167,8 @@ def parser_of(cls: type[Config], prog: str | None = None) -> argparse.ArgumentPa
             dest=name,
             help=text.replace("%", "%%"),
             metavar="|".join(choices) if choices else ("[true|false]" if is_switch else name.upper()),
-            **({"nargs": "?", "const": "true"} if is_switch else {}),
+            nargs="?" if is_switch else None,
+            const="true" if is_switch else None,
         )
     return parser
 
@@ -183,7 +188,7 @@ def _normalized(argv: Iterable[str]) -> list[str]:
 
 
 def _unquote(raw: str) -> str:
-    """A JSON-encoded string without its quotes: one of AWS's SDKs sends "texto" as "\\"texto\\"", the other does not."""
+    """A JSON-encoded string without its quotes: an AWS SDK sends "texto" as "\\"texto\\"", another does not."""
     if len(raw) >= 2 and raw[0] == raw[-1] == '"':
         try:
             value = json.loads(raw)
@@ -221,7 +226,7 @@ def _kinds(annotation: Any) -> set[Any]:
 
 
 def _choices(info: FieldInfo) -> list[Any]:
-    found = []
+    found: list[Any] = []
     for kind in _kinds(info.annotation):
         if typing.get_origin(kind) is typing.Literal:
             found += typing.get_args(kind)

@@ -95,7 +95,7 @@ class Job:
         given = resources.get("hosts") or ["algo-1"]
         if not isinstance(given, list) or not all(isinstance(host, str) for host in given):
             raise ConfigError(
-                f"{config_dir / 'resourceconfig.json'}: hosts is {given!r}; it must be a list of names, such as [\"algo-1\"]"
+                f'{config_dir / "resourceconfig.json"}: hosts is {given!r}; it must be a list, such as ["algo-1"]'
             )
         hosts = tuple(sorted(given, key=_host_order))
         current_host = str(resources.get("current_host") or environ.get("CURRENT_HOST") or hosts[0])
@@ -177,7 +177,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: is not JSON ({error}); it must hold one object") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: holds {type(value).__name__}, not an object; write {{\"name\": \"value\"}}")
+        raise ConfigError(f'{path}: holds {type(value).__name__}, not an object; write {{"name": "value"}}')
     return value
 
 

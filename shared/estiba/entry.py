@@ -76,7 +76,9 @@ def command_for(argv: Sequence[str], environ: Mapping[str, str]) -> Command:
         return Command((sys.executable, "-c", _TOOLKIT), is_toolkit=True)
     workload = environ.get("ESTIBA_WORKLOAD")
     if not workload:
-        raise ConfigError("ESTIBA_WORKLOAD is not set: this image names no workload; give a command or SAGEMAKER_PROGRAM")
+        raise ConfigError(
+            "ESTIBA_WORKLOAD is not set: this image names no workload; give a command or SAGEMAKER_PROGRAM"
+        )
     return Command((sys.executable, "-m", workload, *flags))
 
 
@@ -107,7 +109,9 @@ class Supervisor:
 
     def run(self) -> int:
         """Start, supervise to the end, explain. Returns the exit status. Raises ConfigError if it cannot start."""
-        with contextlib.suppress(OSError, AttributeError):  # outside a container we are not PID 1; orphans come to us still
+        with contextlib.suppress(
+            OSError, AttributeError
+        ):  # outside a container we are not PID 1; orphans come to us still
             ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         handled = {*FORWARDED, signal.SIGCHLD}
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored, it would hide every exit status
@@ -146,7 +150,9 @@ class Supervisor:
                 self.command.argv, stderr=subprocess.PIPE if keeps_tail else None, preexec_fn=prepare
             )
         except FileNotFoundError:
-            raise CommandError(f"command {self.command.argv[0]!r} is not in this image; check its spelling", 127) from None
+            raise CommandError(
+                f"command {self.command.argv[0]!r} is not in this image; check its spelling", 127
+            ) from None
         except (PermissionError, OSError) as error:
             raise CommandError(f"command {self.command.argv[0]!r} cannot be started: {error}", 126) from None
         if child.stderr is None:
@@ -206,15 +212,23 @@ class Supervisor:
         what = "the script" if self.command.is_toolkit else " ".join(self.command.argv[:3])
         last_words = cause_of(self._tail.decode("utf-8", "replace"))
         if code == 128 + signal.SIGKILL and _oom_kills() > self._oom_kills_before:
-            return f"out of memory: {what} was killed at the container's limit of {_memory_limit()}; give it more memory"
+            return (
+                f"out of memory: {what} was killed at the container's limit of {_memory_limit()}; give it more memory"
+            )
         if self._killed:
             return f"{what} did not stop within {self.stop_s:.0f} s of {self._stopping.name}: killed"  # type: ignore[union-attr]
         if self._stopping is not None:
             return f"stopped by {self._stopping.name}: {what} ended with {code}"
         if code > 128:
             with contextlib.suppress(ValueError):
-                return f"{what} was killed by {signal.Signals(code - 128).name}" + (f": {last_words}" if last_words else "")
-        return f"{last_words}\n({what} ended with exit code {code})" if last_words else f"{what} ended with exit code {code}"
+                return f"{what} was killed by {signal.Signals(code - 128).name}" + (
+                    f": {last_words}" if last_words else ""
+                )
+        return (
+            f"{last_words}\n({what} ended with exit code {code})"
+            if last_words
+            else f"{what} ended with exit code {code}"
+        )
 
 
 class CommandError(ConfigError):

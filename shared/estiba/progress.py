@@ -81,7 +81,9 @@ class Progress:
             text = " ".join(f"{name}={_plain(value)}" for name, value in values.items() if value is not None)
             print(text, file=self._stream, flush=True)
         if self._metrics is not None:
-            record = json.dumps({"time": round(time.time(), 3), **{name: _strict(value) for name, value in values.items()}})
+            record = json.dumps(
+                {"time": round(time.time(), 3), **{name: _strict(value) for name, value in values.items()}}
+            )
             try:
                 with open(self._metrics, "a", encoding="utf-8") as file:
                     file.write(record + "\n")

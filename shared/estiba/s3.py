@@ -24,7 +24,13 @@ import boto3
 import botocore.exceptions
 import obstore
 from obstore.auth.boto3 import Boto3CredentialProvider
-from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, PreconditionError, UnauthenticatedError
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
 from obstore.store import S3Store
 
 from estiba.errors import ConfigError, StoreError
@@ -58,7 +64,9 @@ class S3ObjectStore(Store):
         environ = os.environ
         endpoint = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL")
         if endpoint and not (urlsplit(endpoint).scheme in ("http", "https") and urlsplit(endpoint).hostname):
-            raise ConfigError(f"the S3 endpoint {endpoint!r} (AWS_ENDPOINT_URL_S3) is not a URL; write http://HOST:PORT")
+            raise ConfigError(
+                f"the S3 endpoint {endpoint!r} (AWS_ENDPOINT_URL_S3) is not a URL; write http://HOST:PORT"
+            )
         try:
             session = boto3.Session()
         except botocore.exceptions.BotoCoreError as error:
@@ -80,7 +88,9 @@ class S3ObjectStore(Store):
                     "AWS_SECRET_ACCESS_KEY, or AWS_NO_SIGN_REQUEST=1 for a public bucket"
                 ) from None
             except botocore.exceptions.BotoCoreError as error:
-                raise StoreError(f"{self.url}: no usable AWS credentials ({error}); correct them or give a role") from None
+                raise StoreError(
+                    f"{self.url}: no usable AWS credentials ({error}); correct them or give a role"
+                ) from None
             options["credential_provider"].config.pop("region", None)  # one source for the region: ours
         client: dict[str, Any] = {
             "allow_http": bool(endpoint and endpoint.startswith("http://")),
@@ -93,7 +103,7 @@ class S3ObjectStore(Store):
             return S3Store(
                 self.bucket,
                 prefix=self.prefix or None,
-                client_options=client,
+                client_options=cast(Any, client),
                 # Jitter makes obstore's ten default retries last two seconds; the clock is the bound here.
                 retry_config={
                     "max_retries": 1000,
@@ -166,7 +176,7 @@ class S3ObjectStore(Store):
         upload.finish()
 
     def put(self, path: str, data: bytes | Iterator[bytes]) -> None:
-        """One PUT for bytes; one multipart upload for an iterator, which cannot be run twice and so is never retried."""
+        """One PUT for bytes; one multipart upload for an iterator, which is never run twice."""
         if isinstance(data, bytes):
             self._do(path, lambda: obstore.put(self._store, path, data, use_multipart=False))
             return
@@ -192,9 +202,7 @@ class S3ObjectStore(Store):
     def rename(self, path: str, new_path: str) -> None:
         self._do(path, lambda: obstore.rename(self._store, path, new_path))
 
-    def _do(
-        self, path: str, action: Callable[[], T], *, missing_is_error: bool = True, may_repeat: bool = True
-    ) -> T:
+    def _do(self, path: str, action: Callable[[], T], *, missing_is_error: bool = True, may_repeat: bool = True) -> T:
         """Run one request; renew credentials once when they are called expired; explain what fails."""
         url = self.url_of(path)
         try:
@@ -342,7 +350,7 @@ def _is_denied(error: BaseException) -> bool:
 
 
 def _may_be_expired(error: BaseException) -> bool:
-    """Whether new credentials could help: S3 says so with status 400, others with 403, and a HEAD has no words at all."""
+    """Whether new credentials could help: S3 says so with status 400, others with 403, a HEAD without words."""
     text = str(error)
     return _is_denied(error) or "ExpiredToken" in text or ("performing HEAD" in text and "400 Bad Request" in text)
 

@@ -13,8 +13,8 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from concurrent.futures import Future
+from datetime import UTC, datetime
 from types import FrameType
 from typing import TypeVar
 
@@ -120,9 +120,11 @@ class Stop:
 
     def interrupted(self, what_is_safe: str) -> Interrupted:
         """The error to end with: why, and what is safe."""
-        return Interrupted(f"stopped by {self.reason}: {what_is_safe}; run the same command again to go on", self.signum)
+        return Interrupted(
+            f"stopped by {self.reason}: {what_is_safe}; run the same command again to go on", self.signum
+        )
 
-    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+    def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
         if self._asked and self.signum is not None:
             os._exit(128 + signum)
         name = signal.Signals(signum).name

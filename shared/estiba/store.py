@@ -156,11 +156,11 @@ class FileStore(Store):
             data = file.read() if length is None else file.read(length)
         if length is not None and len(data) != length:
             raise StoreError(
-                f"{self.url_of(path)}: {len(data)} bytes at {start} where {length} were asked for; the file was cut short"
+                f"{self.url_of(path)}: {len(data)} bytes at {start} where {length} were asked for; it was cut short"
             )
         return data
 
-    def open(self, path: str, size_bytes: int | None = None) -> BinaryIO:
+    def open(self, path: str, size_bytes: int | None = None) -> BinaryIO:  # noqa: ARG002 - the file knows
         with _explained(self.url_of(path)):
             return open(self.path_of(path), "rb")
 

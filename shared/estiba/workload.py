@@ -28,9 +28,7 @@ def run(config_class: type[C], work: Callable[[C, Job, Stop], None]) -> NoReturn
     try:
         job = Job.read()
         failure_path = job.failure_path
-        config = load(
-            config_class, argv=sys.argv[1:], environ=os.environ, hyperparameters=job.hyperparameters
-        )
+        config = load(config_class, argv=sys.argv[1:], environ=os.environ, hyperparameters=job.hyperparameters)
         work(config, job, Stop.from_environment().install())
     except EstibaError as error:
         say(f"error: {error}")

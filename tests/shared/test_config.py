@@ -209,7 +209,9 @@ def test_a_value_may_begin_with_a_dash() -> None:
     assert "=" in message  # the remedy
 
 
-@pytest.mark.parametrize("text", ["  two  spaces ", "dijo: «hola»", 'a "quoted" word', "it's", "query: ", "a\nb\tc", "50 %", "a=b"])
+@pytest.mark.parametrize(
+    "text", ["  two  spaces ", "dijo: «hola»", 'a "quoted" word', "it's", "query: ", "a\nb\tc", "50 %", "a=b"]
+)
 def test_the_text_of_a_prompt_is_kept_to_the_letter(text: str) -> None:
     assert sample("--prompt", text).prompt == text
     assert sample(env={"ESTIBA_PROMPT": text}).prompt == text

@@ -19,13 +19,13 @@ from estiba.failure import (
     write_failure,
 )
 
-CRASH = '''Traceback (most recent call last):
+CRASH = """Traceback (most recent call last):
   File "train.py", line 3, in <module>
     step()
   File "train.py", line 2, in step
     raise ValueError("loss is nan: step 7")
 ValueError: loss is nan: step 7
-'''
+"""
 TOOLKIT_LOG = """2026-09-01 10:00:00,123 sagemaker-training-toolkit ERROR    Reporting training FAILURE
 2026-09-01 10:00:00,124 sagemaker-training-toolkit ERROR    ExecuteUserScriptError:
 ExitCode 3
@@ -72,7 +72,9 @@ def test_nothing_said_is_no_cause() -> None:
 
 def test_the_toolkits_own_log_is_never_the_cause() -> None:
     assert cause_of(CRASH + TOOLKIT_LOG) == "ValueError: loss is nan: step 7"
-    own = "Traceback (most recent call last):\n  File \"trainer.py\"\nsagemaker_training.errors.ExecuteUserScriptError: x\n"
+    own = (
+        'Traceback (most recent call last):\n  File "trainer.py"\nsagemaker_training.errors.ExecuteUserScriptError: x\n'
+    )
     assert cause_of("killed by the admin\n" + "2026-09-01 10:00:00,1 sagemaker-training-toolkit INFO x\n") == (
         "killed by the admin"
     )

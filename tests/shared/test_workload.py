@@ -86,7 +86,9 @@ def test_a_defect_of_ours_keeps_its_traceback_with_the_cause_first_on_file(
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stopped_job_says_what_is_safe_and_ends_with_the_signal(place: Any, signum: signal.Signals, code: int) -> None:
+def test_a_stopped_job_says_what_is_safe_and_ends_with_the_signal(
+    place: Any, signum: signal.Signals, code: int
+) -> None:
     process = place.start(sys.executable, "-m", "stub", "--mode", "wait")
     assert process.stdout.readline() == b"ready\n"
     process.send_signal(signum)

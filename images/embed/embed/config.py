@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+from pydantic import Field
+
 from estiba.config import Config
 from estiba.contract import root_of
-from pydantic import Field
 
 
 class EmbedConfig(Config):
@@ -60,7 +61,7 @@ class EmbedConfig(Config):
     token_budget: Annotated[int, Field(ge=1)] | None = None
     """Most tokens in a batch, padding included; default by device."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """Precision of the model: auto is float32 on a CPU and float16 on a GPU. Rows that overflow are redone in float32."""
+    """Precision of the model: auto is float32 on a CPU, float16 on a GPU. Rows that overflow are redone in float32."""
     device: str | None = None
     """Torch device, such as cpu or cuda:1; default is every GPU there is, else the CPU."""
     workers: Annotated[int, Field(ge=0)] = 0

@@ -166,7 +166,9 @@ def _serve(
             events.put("task ended")
     except Exception as error:
         try:
-            events.put(error if isinstance(error, EstibaError) else EstibaError(f"{device}: {type(error).__name__}: {error}"))
+            events.put(
+                error if isinstance(error, EstibaError) else EstibaError(f"{device}: {type(error).__name__}: {error}")
+            )
         finally:
             events.close()
             events.join_thread()
@@ -194,15 +196,11 @@ def _devices(config: EmbedConfig) -> list[str | None]:
 
 
 def _hello(encoder: Encoder) -> Hello:
-    return Hello(
-        identity=encoder.identity, dimensions=encoder.dimensions, device=encoder.device, dtype=encoder.dtype
-    )
+    return Hello(identity=encoder.identity, dimensions=encoder.dimensions, device=encoder.device, dtype=encoder.dtype)
 
 
 def _obituary(process: BaseProcess) -> str:
     code = process.exitcode
     if code == -signal.SIGKILL:
-        return f"worker {process.name} was killed, most likely out of memory; give the container more or use fewer --workers"
+        return f"worker {process.name} was killed, likely out of memory; give the container more or use fewer --workers"
     return f"worker {process.name} ended with code {code}; its last lines are in the log"
-
-

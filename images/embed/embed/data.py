@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
+
 from estiba.errors import ConfigError, DataError, StoreError
 from estiba.store import Entry, Store, open_store, split_location
 
@@ -264,7 +265,10 @@ def batches(
     try:
         parquet = pq.ParquetFile(file, metadata=table.metadata, pre_buffer=False, buffer_size=READ_BUFFER_BYTES)
         yield from parquet.iter_batches(
-            batch_size=rows, row_groups=[row_group], columns=list(columns) if columns is not None else None, use_threads=False
+            batch_size=rows,
+            row_groups=[row_group],
+            columns=list(columns) if columns is not None else None,
+            use_threads=False,
         )
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{table.path}: corrupt at row group {row_group}: {_one_line(error)}") from error

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
+
 from embed.config import EmbedConfig
 from embed.data import Bad, Table
 from embed.output import Abandoned, Counts, PieceLost, Written, as_json, read_provenance, write_output
@@ -91,7 +92,7 @@ class Work:
         """Find each file's state: its output is whole, or so many of its rows are saved."""
         records = self._records()
         spans: dict[str, list[Span]] = {}
-        for key in self.pieces.keys():
+        for key in self.pieces.keys():  # noqa: SIM118
             span = span_of(key)
             if span is not None:
                 spans.setdefault(key.split("/")[0], []).append(span)
@@ -129,7 +130,11 @@ class Work:
         if found is None:
             return None
         says, rows = found
-        if says.get("output_id") != self.provenance["output_id"] or says.get("source") != table.identity or rows != table.rows:
+        if (
+            says.get("output_id") != self.provenance["output_id"]
+            or says.get("source") != table.identity
+            or rows != table.rows
+        ):
             return None
         entry = self.target.head(table.path)
         if entry is None:
@@ -138,7 +143,12 @@ class Work:
         if counts is None:
             return None
         return Written(
-            path=table.path, identity=table.identity, size_bytes=entry.size_bytes, digest="", etag=entry.etag, counts=counts
+            path=table.path,
+            identity=table.identity,
+            size_bytes=entry.size_bytes,
+            digest="",
+            etag=entry.etag,
+            counts=counts,
         )
 
     def _is_intact(self, written: Written) -> bool:
@@ -337,5 +347,3 @@ def _counts_in(target: Store, path: str, config: EmbedConfig) -> dict[str, Any] 
     except (OSError, pa.ArrowException, StoreError):
         return None
     return as_json(counts)
-
-

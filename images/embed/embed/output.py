@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
+
 from embed.config import EmbedConfig
 from embed.data import Bad, Table, batches
 from embed.model import STATUS_WORDS, Status
@@ -79,7 +80,9 @@ def check_names(tables: Sequence[Table], config: EmbedConfig) -> tuple[list[Tabl
             flag = {config.embedding_column: "--embedding-column", config.status_column: "--status-column"}.get(
                 clash[0], "--columns"
             )
-            reason = f"already has a column {clash[0]!r}; choose another name with {flag}, or leave it out with --columns"
+            reason = (
+                f"already has a column {clash[0]!r}; choose another name with {flag}, or leave it out with --columns"
+            )
         elif len(set(kept)) != len(kept):
             reason = f"has two columns of one name {sorted(kept)}; choose with --columns"
         else:
@@ -109,7 +112,10 @@ def write_output(
     counts = Counts()
     with target.writer(table.path) as raw:
         hashed = _HashingFile(raw)
-        with pq.ParquetWriter(hashed, schema, **_encoding(schema, config)) as writer, source.open(table.path, table.source.size_bytes) as file:
+        with (
+            pq.ParquetWriter(hashed, schema, **_encoding(schema, config)) as writer,
+            source.open(table.path, table.source.size_bytes) as file,
+        ):
             for row_group in range(len(table.row_group_rows)):
                 vectors = _VectorReader(pieces, file_key(table), coverage.spans(row_group))
                 held: list[pa.RecordBatch] = []
@@ -131,7 +137,7 @@ def write_output(
     if entry is None or entry.size_bytes != hashed.size_bytes:
         seen = "nothing" if entry is None else f"{entry.size_bytes} bytes"
         raise StoreError(
-            f"{target.url_of(table.path)}: {seen} found after writing {hashed.size_bytes}; is something else writing there?"
+            f"{target.url_of(table.path)}: {seen} found after writing {hashed.size_bytes}; who else writes there?"
         )
     return Written(
         path=table.path,
@@ -164,7 +170,9 @@ def _output_schema(
 ) -> pa.Schema:
     fields = [table.schema.field(name) for name in kept]
     fields += [pa.field(config.embedding_column, vector_type), pa.field(config.status_column, pa.string())]
-    fields += [pa.field("n_tokens", pa.int32())] * config.n_tokens + [pa.field("truncated", pa.bool_())] * config.truncated
+    fields += [pa.field("n_tokens", pa.int32())] * config.n_tokens + [
+        pa.field("truncated", pa.bool_())
+    ] * config.truncated
     mine = {METADATA_KEY: json.dumps({**provenance, "source": table.identity}, sort_keys=True).encode()}
     return pa.schema(fields, metadata={**(table.schema.metadata or {}), **mine})
 
@@ -180,7 +188,7 @@ def _encoding(schema: pa.Schema, config: EmbedConfig) -> dict[str, Any]:
     return {
         "compression": "zstd",
         "use_dictionary": [path for path in paths if path not in own],
-        "column_encoding": {path: "BYTE_STREAM_SPLIT" for path in own},
+        "column_encoding": dict.fromkeys(own, "BYTE_STREAM_SPLIT"),
         "write_statistics": [path for path in paths if path not in own],
     }
 
@@ -204,7 +212,9 @@ def _join(
     batch: pa.RecordBatch, vectors: pa.RecordBatch, schema: pa.Schema, config: EmbedConfig, counts: Counts
 ) -> pa.RecordBatch:
     status = vectors.column("status")
-    words = pa.DictionaryArray.from_arrays(status.cast(pa.int8()), pa.array([STATUS_WORDS[item] for item in Status])).cast(pa.string())
+    words = pa.DictionaryArray.from_arrays(
+        status.cast(pa.int8()), pa.array([STATUS_WORDS[item] for item in Status])
+    ).cast(pa.string())
     columns = [*batch.columns, vectors.column("vectors"), words]
     columns += [vectors.column("n_tokens")] * config.n_tokens + [vectors.column("truncated")] * config.truncated
     counts.rows += batch.num_rows
@@ -213,7 +223,9 @@ def _join(
     for item in pc.value_counts(status).to_pylist():
         counts.statuses[STATUS_WORDS[Status(item["values"])]] += item["counts"]
     if TOKENS_COLUMN in batch.schema.names and pa.types.is_integer(batch.column(TOKENS_COLUMN).type):
-        counts.tokens_aproximados = (counts.tokens_aproximados or 0) + (pc.sum(batch.column(TOKENS_COLUMN)).as_py() or 0)
+        counts.tokens_aproximados = (counts.tokens_aproximados or 0) + (
+            pc.sum(batch.column(TOKENS_COLUMN)).as_py() or 0
+        )
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
@@ -275,4 +287,3 @@ class _HashingFile:
 
     def seekable(self) -> bool:
         return False
-

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import xxhash
+
 from embed.data import Table
 from embed.model import Encoded, Status
 

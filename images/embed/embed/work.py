@@ -12,11 +12,12 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import xxhash
+
 from embed.config import EmbedConfig
 from embed.crew import Hello, Solo, Team, gather
 from embed.data import Bad, Table, check_columns, inspect, open_input, share_of
@@ -93,7 +94,9 @@ def take_stock(config: EmbedConfig, job: Job) -> tuple[Store, list[Table], list[
     source, sources, ignored = open_input(config.input_path)
     channel = job.channel_of(Path(config.input_path)) if isinstance(source, FileStore) else None
     if not sources and not (channel and channel.is_sharded):
-        raise DataError(f"{config.input_path}: holds no data files ({len(ignored)} hidden ones ignored); check the input")
+        raise DataError(
+            f"{config.input_path}: holds no data files ({len(ignored)} hidden ones ignored); check the input"
+        )
     if job.host_count > 1 and not (channel and channel.is_sharded):
         sources = share_of(sources, job.host_index, job.host_count)
         ignored = ignored if job.host_index == 0 else []
@@ -173,7 +176,9 @@ def open_work(
         bad=bad,
     )
     work.open(tables, PARALLEL_LOOKS)
-    others = {entry.path.split("/")[0] for entry in saved.list() if entry.path.startswith("embed-")} - {f"embed-{run_id}"}
+    others = {entry.path.split("/")[0] for entry in saved.list() if entry.path.startswith("embed-")} - {
+        f"embed-{run_id}"
+    }
     if others and not config.no_checkpoint:
         say(
             f"{saved.url}: also holds work of {len(others)} other configuration(s) ({', '.join(sorted(others))}); "
@@ -199,7 +204,7 @@ def output_identity(config: EmbedConfig, run_id: str) -> str:
     return _digest({"run": run_id, **{name: getattr(config, name) for name in fields}})
 
 
-def _digest(parts: dict[str, object]) -> str:
+def _digest(parts: Mapping[str, object]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())[:16]
 
 
@@ -226,7 +231,7 @@ def compute(work: Work, crew: Solo | Team, job: Job, stop: Stop) -> None:
                 return
             work.lost.clear()
     raise DataError(
-        f"{work.pieces.store.url}: finished pieces fail their digest again and again; this disk or mount is not reliable"
+        f"{work.pieces.store.url}: finished pieces fail their digest again and again; do not trust this disk"
     )
 
 

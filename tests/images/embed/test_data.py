@@ -9,14 +9,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from embed import data
 from embed.data import Bad, Bounds, Source, Table
 from embed.model import Encoded, Status
 from embed.vectors import Coverage, Span, file_key, from_bytes, key_of, span_of, to_bytes
 from estiba.errors import ConfigError, DataError
 from estiba.store import FileStore
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def table_of(folder: Path, columns: dict[str, object] | pa.Table, name: str = "a.parquet", **options: object) -> Table:
@@ -33,7 +34,12 @@ def read(folder: Path, table: Table, row_group: int, bounds: Bounds, coverage: C
     gaps = coverage.gaps(row_group)
     return list(
         data.stretches(
-            FileStore(folder), table, row_group, column, bounds, lambda row: next((g for g in gaps if g[0] >= row), None)
+            FileStore(folder),
+            table,
+            row_group,
+            column,
+            bounds,
+            lambda row: next((g for g in gaps if g[0] >= row), None),
         )
     )
 
@@ -121,10 +127,14 @@ def test_every_arrow_text_type_is_read(tmp_path, kind):
 
 
 def test_a_struct_field_is_reached_by_a_dotted_name_and_null_parents_give_null(tmp_path):
-    made = pa.table({"doc": pa.array([{"cuerpo": {"texto": "a"}}, None, {"cuerpo": None}, {"cuerpo": {"texto": None}}])})
+    made = pa.table(
+        {"doc": pa.array([{"cuerpo": {"texto": "a"}}, None, {"cuerpo": None}, {"cuerpo": {"texto": None}}])}
+    )
     table = table_of(tmp_path, made)
     assert data.why_not_text(table, "doc.cuerpo.texto") is None
-    found = read(tmp_path, table, 0, Bounds(rows=9, characters=99, row_characters=9), Coverage(table), "doc.cuerpo.texto")
+    found = read(
+        tmp_path, table, 0, Bounds(rows=9, characters=99, row_characters=9), Coverage(table), "doc.cuerpo.texto"
+    )
     assert found[0].texts == ["a", None, None, None]
     assert "no column" in data.why_not_text(table, "doc.nada")
     assert "not text" in data.why_not_text(table, "doc.cuerpo")
@@ -132,10 +142,15 @@ def test_a_struct_field_is_reached_by_a_dotted_name_and_null_parents_give_null(t
 
 def test_a_column_of_nulls_is_all_null_and_bytes_that_are_no_utf8_stay_bytes(tmp_path):
     table = table_of(tmp_path, {"texto": pa.nulls(3)})
-    assert read(tmp_path, table, 0, Bounds(rows=9, characters=9, row_characters=9), Coverage(table))[0].texts == [None] * 3
+    assert (
+        read(tmp_path, table, 0, Bounds(rows=9, characters=9, row_characters=9), Coverage(table))[0].texts == [None] * 3
+    )
     broken = pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 2, 4], np.int32)), pa.py_buffer(b"ok\xff\xfe"))
     table = table_of(tmp_path, pa.table({"texto": broken}), "b.parquet")
-    assert read(tmp_path, table, 0, Bounds(rows=9, characters=9, row_characters=9), Coverage(table))[0].texts == ["ok", b"\xff\xfe"]
+    assert read(tmp_path, table, 0, Bounds(rows=9, characters=9, row_characters=9), Coverage(table))[0].texts == [
+        "ok",
+        b"\xff\xfe",
+    ]
 
 
 def test_identity_follows_content_and_not_the_place_or_the_time(tmp_path):
@@ -154,7 +169,9 @@ def test_what_is_no_parquet_file_is_bad_and_not_an_exception(tmp_path, content):
 
 
 def test_a_page_that_is_corrupt_is_a_data_error_with_the_file_named(tmp_path):
-    table = table_of(tmp_path, {"texto": [f"fila {i}" * 20 for i in range(3000)]}, compression="zstd", use_dictionary=False)
+    table = table_of(
+        tmp_path, {"texto": [f"fila {i}" * 20 for i in range(3000)]}, compression="zstd", use_dictionary=False
+    )
     raw = bytearray((tmp_path / "a.parquet").read_bytes())
     raw[4 : len(raw) // 2] = bytes(len(raw) // 2 - 4)
     (tmp_path / "a.parquet").write_bytes(raw)

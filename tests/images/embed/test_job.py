@@ -11,12 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rehearsal import WORDS, compare, make_input
+
 from embed.config import EmbedConfig
 from embed.work import embed
 from estiba.contract import Job
 from estiba.errors import ConfigError, DataError, EstibaError, Interrupted, StoreError
 from estiba.stop import Stop
-from rehearsal import WORDS, compare, make_input
 
 
 @pytest.fixture
@@ -68,8 +69,13 @@ def test_rows_keep_their_order_and_columns_and_get_a_unit_vector(place, inputs, 
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     assert set(out["status"].to_pylist()) == {"ok"}
     assert results["rows"] == {
-        "total": 300, "embedded": 300, "without_vector": {}, "truncated": 0, "computed_in_this_attempt": 300, "resumed": 0
-    }  # fmt: skip
+        "total": 300,
+        "embedded": 300,
+        "without_vector": {},
+        "truncated": 0,
+        "computed_in_this_attempt": 300,
+        "resumed": 0,
+    }
     provenance = json.loads(out.schema.metadata[b"estiba"])
     assert provenance["digest"].startswith("xxh3-128:") and provenance["dtype"] == "float32"
 
@@ -141,7 +147,7 @@ def test_a_file_that_breaks_half_way_leaves_no_output(place, inputs, tiny_model)
     third = len(raw) * 2 // 3
     raw[third : third + 20_000] = b"\xff" * 20_000
     (inputs / "roto.parquet").write_bytes(raw)
-    with pytest.raises(DataError, match="roto.parquet"):
+    with pytest.raises(DataError, match=r"roto\.parquet"):
         run(tiny_model)
     assert sorted(path.name for path in (place / "output/data").iterdir()) == ["bien.parquet", "results.json"]
 
@@ -159,8 +165,8 @@ def test_a_file_that_breaks_half_way_leaves_no_output(place, inputs, tiny_model)
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(place, inputs, tiny_model, options, words):
     write(inputs / "a.parquet", ["hola"], id=[1])
+    config = EmbedConfig(**{"model": str(tiny_model), **options})
     with pytest.raises(ConfigError) as failure:
-        config = EmbedConfig(**{"model": str(tiny_model), **options})
         embed(config, Job.read(), Stop())
     for word in words:
         assert word in str(failure.value)
@@ -177,7 +183,7 @@ def test_places_that_lie_in_one_another_are_refused(place, inputs, tiny_model):
 def test_a_second_run_computes_nothing_and_a_damaged_output_is_joined_again(place, inputs, tiny_model):
     make_input(inputs, files=6, rows=40, seed=1)
     first = run(tiny_model)
-    names = [path for path in sorted((place / "output/data").rglob("*.parquet"))]
+    names = sorted((place / "output/data").rglob("*.parquet"))
     bytes_before = [path.read_bytes() for path in names]
     again = run(tiny_model)
     assert again["rows"]["computed_in_this_attempt"] == 0 and again["files"]["already_complete"] == 6
@@ -279,7 +285,11 @@ def test_input_output_and_checkpoints_on_s3_and_nothing_half_written(place, inpu
     client = s3.client()
     for path in inputs.rglob("*.parquet"):
         client.upload_file(str(path), s3.bucket, f"in/{path.relative_to(inputs)}")
-    options = {"input_path": f"s3://{s3.bucket}/in", "output_path": f"s3://{s3.bucket}/out", "checkpoint_path": f"s3://{s3.bucket}/ck"}
+    options = {
+        "input_path": f"s3://{s3.bucket}/in",
+        "output_path": f"s3://{s3.bucket}/out",
+        "checkpoint_path": f"s3://{s3.bucket}/ck",
+    }
     config = EmbedConfig(model=str(tiny_model), **options)
     for computed_all in (True, False):
         embed(config, Job.read(), Stop())
@@ -301,7 +311,9 @@ def test_two_hosts_do_every_file_once_between_them(place, inputs, tiny_model):
     config_dir.mkdir()
     done = []
     for host in ("algo-1", "algo-2"):
-        (config_dir / "resourceconfig.json").write_text(json.dumps({"current_host": host, "hosts": ["algo-1", "algo-2"]}))
+        (config_dir / "resourceconfig.json").write_text(
+            json.dumps({"current_host": host, "hosts": ["algo-1", "algo-2"]})
+        )
         embed(EmbedConfig(model=str(tiny_model)), Job.read(), Stop())
         done.append(json.loads((place / f"output/data/results-{host}.json").read_text())["files"]["done"])
     assert sum(done) == 7 and min(done) >= 2
@@ -312,7 +324,9 @@ def test_a_sharded_channel_is_all_this_hosts_own(place, inputs, tiny_model):
     make_input(inputs, files=3, rows=10, seed=9)
     config_dir = place / "input/config"
     config_dir.mkdir()
-    (config_dir / "resourceconfig.json").write_text(json.dumps({"current_host": "algo-2", "hosts": ["algo-1", "algo-2"]}))
+    (config_dir / "resourceconfig.json").write_text(
+        json.dumps({"current_host": "algo-2", "hosts": ["algo-1", "algo-2"]})
+    )
     (config_dir / "inputdataconfig.json").write_text(
         json.dumps({"dataset": {"TrainingInputMode": "File", "S3DistributionType": "ShardedByS3Key"}})
     )
@@ -345,7 +359,10 @@ def test_two_jobs_on_one_checkpoint_directory_are_refused(place, inputs, tiny_mo
     from estiba.store import open_store
 
     write(inputs / "a.parquet", ["hola"])
-    with exclusive(open_store(str(place / "checkpoints")), "embed-algo-1"), pytest.raises(EstibaError, match="another job"):
+    with (
+        exclusive(open_store(str(place / "checkpoints")), "embed-algo-1"),
+        pytest.raises(EstibaError, match="another job"),
+    ):
         run(tiny_model)
 
 
@@ -382,7 +399,9 @@ def test_columns_of_every_kind_pass_through_unchanged(place, inputs, tiny_model)
     table = pa.table(
         {
             "texto": pa.array(texts).dictionary_encode(),
-            "hora": pa.array([dt.datetime(2026, 1, 1), None, dt.datetime(2027, 1, 1)], pa.timestamp("us", "Europe/Madrid")),
+            "hora": pa.array(
+                [dt.datetime(2026, 1, 1), None, dt.datetime(2027, 1, 1)], pa.timestamp("us", "Europe/Madrid")
+            ),
             "dinero": pa.array([Decimal("1.50"), None, Decimal("2.25")], pa.decimal128(9, 2)),
             "mapa": pa.array([[("a", 1)], None, []], pa.map_(pa.string(), pa.int32())),
             "bytes": pa.array([b"\x00\xff", None, b""], pa.binary()),

@@ -1,4 +1,4 @@
-"""A real sentence-transformers model that is small enough to make here: one layer, 32 wide, random weights, fixed seed."""
+"""A real sentence-transformers model small enough to make here: one layer, 32 wide, random weights, fixed seed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def build(folder: Path, *, max_length: int = 256) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     tokenizer.train_from_iterator(
-        [" ".join(WORDS), "abcdefghijklmnopqrstuvwxyzáéíóúñ"], trainers.WordPieceTrainer(vocab_size=400, special_tokens=special)
+        [" ".join(WORDS), "abcdefghijklmnopqrstuvwxyzáéíóúñ"],
+        trainers.WordPieceTrainer(vocab_size=400, special_tokens=special),
     )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
