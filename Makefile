@@ -5,11 +5,11 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help engine env wheels build push pin lock demo drill test check lint format clean
+.PHONY: help engine env wheels build push pin lock demo compose drill test check lint format clean
 
 export BASE ?= dlc
 export REGISTRY ?=
-demo test test/%: export BASE = local
+demo compose drill test test/%: export BASE = local
 
 help: ## this list
 	@sh scripts/help.sh $(firstword $(MAKEFILE_LIST))
@@ -17,6 +17,8 @@ help: ## this list
 ## See it work
 demo: env ## from nothing to vectors: engine, images, a real embedding job, what came out
 	@bash demo/run.sh
+compose: env ## the demo's job over a local S3 server, input and output on s3:// (after make demo)
+	@bash compose/run.sh
 train/%: env ## run images/NAME/job.yaml with the launcher (TARGET=local, ssh://user@host or sagemaker)
 	@.venv/bin/estiba run images/$*/job.yaml --target $(or $(TARGET),local)
 drill: env ## rehearse spot interruptions on one image and count the lost work (IMAGE=embed)

@@ -18,6 +18,7 @@ import subprocess
 import sys
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE = "estiba/embed-test:local"
@@ -25,6 +26,7 @@ IMAGE = "estiba/embed-test:local"
 INSIDE = """
 import json, sys, tempfile
 from pathlib import Path
+from typing import Any
 sys.path.insert(0, {tests!r})
 import rehearsal, tiny_model
 place = Path(tempfile.mkdtemp())
@@ -35,7 +37,7 @@ print("REHEARSAL " + json.dumps({{**vars(found), "rows_twice": found.rows_twice,
 """
 
 
-def rehearse(is_new_host: bool, options: argparse.Namespace) -> dict[str, object]:
+def rehearse(is_new_host: bool, options: argparse.Namespace) -> dict[str, Any]:
     tests = "/opt/estiba/tests"
     program = INSIDE.format(
         tests=tests,
@@ -59,7 +61,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=300, help="mean rows a file")
     parser.add_argument("--image", default=IMAGE)
     options = parser.parse_args()
-    results: dict[str, object] = {}
+    results: dict[str, Any] = {}
     goals = []
     for name, is_new_host in (("same host", False), ("only the checkpoint directory kept", True)):
         found = rehearse(is_new_host, options)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Write every lock: images/*/requirements.txt, tests/images/*/requirements.txt and uv.lock.
+# Write every lock: images/*, tests/images/*, compose/s3 (requirements.txt) and uv.lock.
 #
 #   scripts/lock.sh              # newest versions the .in files allow, keeping what is locked already
 #   scripts/lock.sh --upgrade    # newest versions of everything
@@ -36,5 +36,7 @@ done
 grep -vx 'torch' images/excludes.txt >"$work/not-torch"
 "$UV" pip compile --quiet --universal --python-version 3.11 --no-header tests/images/requirements.in -o "$work/tools.txt"
 compile images/base images/base/requirements.in --excludes "$work/not-torch" --no-emit-package torch --constraint "$work/tools.txt" "$@"
+
+compile compose/s3 compose/s3/requirements.in "$@"
 
 "$UV" lock --quiet "$@"

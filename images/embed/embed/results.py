@@ -39,7 +39,7 @@ def results_of(
         "hosts": job.host_count,
         "input": config.input_path,
         "output": config.output_path,
-        "model": hello.identity,
+        "model": {"given": config.model, **hello.identity},
         "device": hello.device,
         "dimensions": hello.dimensions,
         "version": __version__,

@@ -171,6 +171,8 @@ def open_work(
             "text_column": config.text_column,
             "embedding_dtype": config.embedding_dtype,
             **hello.identity,
+            # A directory is known by its digest, wherever it is mounted.
+            "model": config.model if config.model.startswith("s3://") else hello.identity["model"],
         },
         dimensions=hello.dimensions,
         bad=bad,
