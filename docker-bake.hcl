@@ -83,6 +83,7 @@ target "image" {
   args       = { ESTIBA_VERSION = VERSION, ESTIBA_REVISION = REVISION }
   tags       = tags(image)
   labels = {
+    "estiba.image"                      = image # ours, so that clearing away old builds touches nobody else's
     "org.opencontainers.image.title"    = "estiba/${image}"
     "org.opencontainers.image.version"  = VERSION
     "org.opencontainers.image.revision" = REVISION
@@ -111,6 +112,7 @@ target "base" {
   }
   tags = ["estiba/base:local"]
   labels = {
+    "estiba.image"                     = "base"
     "org.opencontainers.image.title"   = "estiba/base"
     "org.opencontainers.image.version" = VERSION
   }

@@ -54,7 +54,7 @@ if ! docker buildx bake --progress="${BUILD_PROGRESS:-auto}" "$@"; then
     exit 1
 fi
 # Each rebuild leaves the image it replaces behind, without a name: gigabytes in a day of work.
-docker image prune --force --filter label=org.opencontainers.image.title >/dev/null
+docker image prune --force --filter label=estiba.image >/dev/null
 if [ "$mode" = push ]; then
     docker buildx bake --print "$@" 2>/dev/null |
         "$TOOLS_PYTHON" -c 'import json, sys

@@ -102,6 +102,8 @@ def _from_environment(cls: type[Config], environ: Mapping[str, str], problems: l
     for name in cls.model_fields:
         upper = name.upper()
         candidates = [ENV_PREFIX + upper, f"SM_HP_{upper}", f"SM_HP_{upper.replace('_', '-')}"]
+        if candidates[0] in RESERVED_ENV:  # the image's own ESTIBA_REVISION is not the revision of a model
+            del candidates[0]
         if upper not in AMBIENT_ENV:
             candidates.append(upper)
         for variable in candidates:

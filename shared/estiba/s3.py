@@ -125,12 +125,13 @@ class S3ObjectStore(Store):
         def collect() -> list[Entry]:
             found = []
             for chunk in obstore.list(self._store, prefix=prefix or None, chunk_size=1000):
-                for meta in chunk:
-                    if not meta["path"].endswith("/"):  # a console-made folder marker is no object of ours
-                        found.append(Entry(meta["path"], meta["size"], meta["e_tag"]))
+                found += [Entry(meta["path"], meta["size"], meta["e_tag"]) for meta in chunk]
             return found
 
-        return sorted(self._do(prefix, collect), key=lambda entry: entry.path)
+        # A console-made folder marker is the empty object `a/`, which obstore lists as `a`: nothing is there to read.
+        entries = self._do(prefix, collect)
+        real = {item.path: item for item in entries if item.size_bytes or (item.path and self.head(item.path))}
+        return [real[path] for path in sorted(real)]
 
     def head(self, path: str) -> Entry | None:
         def look() -> Entry | None:
@@ -228,7 +229,7 @@ class S3ObjectStore(Store):
                     f"{url}: access denied ({text}); allow this role s3:GetObject, s3:ListBucket and, "
                     "for outputs, s3:PutObject and s3:DeleteObject"
                 ) from error
-            if "Error parsing Path" in text:
+            if re.search("invalid path|parse path|empty path segment", text):
                 remedy = "a name with empty, . or .. parts or control characters cannot be used; rename the object"
                 raise StoreError(f"{url}: {text}; {remedy}") from error
             raise StoreError(f"{url}: {text}; check the endpoint, the region and the network") from error

@@ -19,7 +19,8 @@ from estiba.store import Entry, Store, open_store, split_location
 MAGIC = b"PAR1"
 SCAN_BYTES = 4 * 2**20
 """Decoded bytes aimed at in one step through a row group."""
-SCAN_ROWS = 4096
+SCAN_ROWS = 1024
+"""A cap for rows that decode to far more than their footer says, as dictionaries do."""
 READ_BUFFER_BYTES = 2**20
 WHOLE_HASH_BYTES = 64 * 2**20
 SAMPLES, SAMPLE_BYTES = 64, 16 * 2**10

@@ -14,6 +14,7 @@ from sentence_transformers import SentenceTransformer
 
 from embed.tokens import TASK, Features
 
+TRIM_BELOW = 0.1
 UNIT_NORM_TOLERANCE = 1e-4
 """Vectors are scaled to unit length in float32 whatever the model computes in, so one tolerance serves every dtype."""
 
@@ -87,6 +88,13 @@ class Engine:
         """Give memory that no tensor uses back to the device."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def trim(self) -> None:
+        """The same, where little is left: a cache full of one file's odd shapes starves the next one's."""
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            if free < TRIM_BELOW * total:
+                self.free()
 
     def broken(self, vectors_BD: np.ndarray) -> np.ndarray:
         """bool[B]: not finite, or, where vectors should have unit length, without it (a zero vector, say)."""

@@ -103,6 +103,10 @@ class Encoder:
         """Judge and tokenise one window. Raises DataError on a value that is no text, bytes or None."""
         return read_window(self._tokens, texts)
 
+    def trim(self) -> None:
+        """Between files: give cached device memory back where little is left."""
+        self._engine.trim()
+
     def encode(self, window: Window, should_stop: Callable[[], bool] = lambda: False) -> Encoded:
         """The window's vectors: longest rows first, every vector checked, broken ones computed again in float32.
 

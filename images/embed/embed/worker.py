@@ -99,9 +99,13 @@ def work_through(
     saver = _Saver(pieces, config.embedding_dtype, emit)
     reader = _Reader(tasks, encoder, source, config, emit, should_stop)
     try:
+        path = None
         for item in reader:
             if should_stop():
                 break
+            if path not in (None, item.table.path):
+                encoder.trim()
+            path = item.table.path
             if item.is_whole_row_group:
                 saver.wait()
             try:
