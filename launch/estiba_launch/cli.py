@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import cli_jobs, jobfile, plan, prices, scripts
+from . import cli_drill, cli_jobs, cli_launch, jobfile, plan, prices, scripts
 from . import doctor as checks
 from .console import (
     AsJson,
@@ -45,7 +45,7 @@ Exit codes: 0 done, 1 the job failed, 2 invalid input, 3 refused by budget, 4 in
 app = typer.Typer(name="estiba", help=HELP, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 prices_app = typer.Typer(help="What instance types cost.", invoke_without_command=True, rich_markup_mode=None)
 app.add_typer(prices_app, name="prices")
-for name, function in cli_jobs.COMMANDS.items():
+for name, function in {**cli_jobs.COMMANDS, **cli_drill.COMMANDS, **cli_launch.COMMANDS}.items():
     app.command(name)(function)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import jobfile, plan, prices, state
+from . import backends, costs, jobfile, plan, prices, state
 from .console import (
     AsJson,
     Cpus,
@@ -28,7 +28,7 @@ from .console import (
     say,
     show_json,
 )
-from .errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_JOB_FAILED, LaunchError
+from .errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_JOB_FAILED, AwsUnavailable, LaunchError
 from .localhost import jobs
 from .localhost.control import Interruption, LocalOptions
 from .target import Target
@@ -49,6 +49,15 @@ CopyInputs = Annotated[
     bool, typer.Option("--copy-inputs", help="Writable copies of File channels, not read-only mounts.")
 ]
 SyncEvery = Annotated[float, typer.Option("--sync-every-s", min=0.05, help="Seconds between checkpoint syncs.")]
+Fallback = Annotated[
+    str | None, typer.Option("--fallback", metavar="local", help="Run here when AWS cannot be reached or refuses.")
+]
+Role = Annotated[
+    str | None, typer.Option("--role", metavar="NAME|ARN", help="SageMaker: the role the job takes; fills ROLE_ARN.")
+]
+BoxPrice = Annotated[
+    float | None, typer.Option("--usd-per-h", min=0, help="ssh: what the box costs an hour, for --max-cost and cost.")
+]
 KeepHosts = Annotated[bool, typer.Option("--keep-hosts", help="Keep the directories of finished hosts.")]
 
 
@@ -72,35 +81,74 @@ def run(
     copy_inputs: CopyInputs = False,
     sync_every_s: SyncEvery = 5.0,
     keep_hosts: KeepHosts = False,
+    fallback: Fallback = None,
+    role: Role = None,
+    usd_per_h: BoxPrice = None,
 ) -> None:
     """Start a job and follow its log to the end. Ctrl-C leaves the job running and says how to stop it."""
-    where = Target.parse(target)
-    loaded = jobfile.load(job, where, parse_settings(set_ or []))
+    if fallback not in (None, "local"):
+        raise LaunchError(f"--fallback {fallback!r}: only local can be fallen back to")
+    values = parse_settings(set_ or [])
     tables = prices.load(region or "us-east-1", price_file)
-    options = host_options(loaded, gpus, shm_size, memory, cpus, like_instance, encoding, env_file, tables)
-    planned = plan.make(loaded, tables, options=options, region=region)
-    for warning in planned.warnings:
-        say(f"warning: {warning}")
-    say(plan.describe(planned).rstrip())
-    plan.refuse_over(planned, max_cost)
-    if where.kind != "local":
-        raise LaunchError(
-            f"--target {where}: this version starts local jobs only; `estiba plan {job} --target {where}` prints "
-            "the request or script to run by hand"
-        )
-    ask(f"start {loaded.name} here?", yes)
-    settings = LocalOptions(host=options, copy_inputs=copy_inputs, sync_every_s=sync_every_s, keep_hosts=keep_hosts)
-    started = jobs.start(loaded, settings, say)
+
+    def launch(where: Target) -> str:
+        loaded = load(job, where, values, role, region)
+        options = host_options(loaded, gpus, shm_size, memory, cpus, like_instance, encoding, env_file, tables)
+        planned = plan.make(loaded, tables, options=options, region=region, box_usd_per_h=usd_per_h)
+        for warning in planned.warnings:
+            say(f"warning: {warning}")
+        say(plan.describe(planned).rstrip())
+        plan.refuse_over(planned, max_cost)
+        ask(f"start {loaded.name} {'here' if where.kind == 'local' else f'on {where}'}?", yes)
+        settings = LocalOptions(host=options, copy_inputs=copy_inputs, sync_every_s=sync_every_s, keep_hosts=keep_hosts)
+        return start(loaded, settings, region, usd_per_h)
+
+    where = Target.parse(target)
+    try:
+        name = launch(where)
+    except AwsUnavailable as error:
+        here = f"estiba run {job} --target local"
+        if fallback is None:
+            raise AwsUnavailable(f"{error}\n  the same file on this machine: {here}") from None
+        say(f"estiba: {error}")
+        say("*" * 72)
+        say(f"** NOT ON AWS: --fallback local runs {job} on this machine instead **")
+        say("*" * 72)
+        name = launch(Target.parse("local"))
     if detach:
-        print(started.name)
-        say(next_commands(started.name, "logs -f", "status", "stop"))
+        print(name)
+        say(next_commands(name, "logs -f", "status", "stop"))
         return
-    say(f"{started.name}: started; Ctrl-C leaves it running")
-    follow(started.name)
-    value = jobs.wait(started.name)
+    say(f"{name}: started; Ctrl-C leaves it running")
+    follow(name)
+    value = backends.of(name).wait(name)
     say(summary(value))
-    say(next_commands(started.name, "fetch", "status", "cost"))
+    say(next_commands(name, "fetch", "status", "cost"))
     raise typer.Exit(EXIT_CODES[value["TrainingJobStatus"]])
+
+
+def load(job: Path, where: Target, values: dict[str, str], role: str | None, region: str | None) -> jobfile.JobFile:
+    """The job file, checked for `where`; on SageMaker a role's name becomes its ARN. Raises LaunchError."""
+    if not where.is_sagemaker:
+        return jobfile.load(job, where, values)
+    from .sagemaker.role import arn_of
+
+    if role:
+        values = {**values, "ROLE_ARN": arn_of(role, region)}
+    return jobfile.load(job, where, values, resolve_role=lambda name: arn_of(name, region))
+
+
+def start(loaded: jobfile.JobFile, settings: LocalOptions, region: str | None, usd_per_h: float | None) -> str:
+    """Start a checked job on its target and return its name. Raises LaunchError."""
+    if loaded.target.kind == "local":
+        return jobs.start(loaded, settings, say).name
+    if loaded.target.is_sagemaker:
+        from .sagemaker import jobs as sagemaker_jobs
+
+        return sagemaker_jobs.start(loaded, region, say).name
+    from .ssh import jobs as ssh_jobs
+
+    return ssh_jobs.start(loaded, settings.host, say, usd_per_h=usd_per_h).name
 
 
 def ask(question: str, yes: bool) -> None:
@@ -116,7 +164,7 @@ def ask(question: str, yes: bool) -> None:
 def follow(name: str) -> None:
     """Print the log until the end. Ctrl-C raises typer.Exit after saying how to go on; the job is left alone."""
     try:
-        for line in jobs.log_lines(name, follow=True):
+        for line in backends.of(name).log_lines(name, follow=True):
             print(line, flush=True)
     except KeyboardInterrupt:
         say(f"\n{name}: still running")
@@ -138,12 +186,23 @@ def chosen(name: str | None) -> str:
     return known[-1]
 
 
+def local_only(name: str | None, what: str) -> str:
+    """`chosen(name)`. Raises LaunchError when that job is not on this machine."""
+    picked = chosen(name)
+    where = backends.target(picked)
+    if where.kind != "local":
+        raise LaunchError(f"{picked}: runs on {where}; {what} is for jobs of this machine")
+    return picked
+
+
 def summary(value: dict[str, Any]) -> str:
     """A job in a few lines."""
     estiba = value["Estiba"]
     lines = [f"{value['TrainingJobName']}: {value['TrainingJobStatus']} ({value['SecondaryStatus']})"]
     if value.get("FailureReason"):
         lines.append(f"  reason    {value['FailureReason']}")
+    if estiba.get("Unreachable"):
+        lines.append(f"  last known; {estiba['Unreachable']}")
     if jobs.orphaned(value):
         lines.append(f"  nobody looks after it: its supervisor died; `estiba resume {value['TrainingJobName']}`")
     for attempt in estiba["Attempts"]:
@@ -169,7 +228,8 @@ def summary(value: dict[str, Any]) -> str:
 @command
 def status(name: JobName = None, as_json: AsJson = False) -> None:
     """Show a job as DescribeTrainingJob would, attempts included."""
-    value = jobs.describe(chosen(name))
+    picked = chosen(name)
+    value = backends.of(picked).describe(picked)
     if as_json:
         show_json(value)
     else:
@@ -186,7 +246,7 @@ def logs(
     if follow_:
         follow(picked)
         return
-    for line in jobs.log_lines(picked, follow=False):
+    for line in backends.of(picked).log_lines(picked, follow=False):
         print(line)
 
 
@@ -197,16 +257,16 @@ def stop(
 ) -> None:
     """Stop a job: TERM, then KILL after 120 seconds; what it saved and its model are kept."""
     picked = chosen(name)
-    jobs.stop(picked)
+    backends.of(picked).stop(picked)
     say(f"{picked}: stopping")
     if wait:
-        say(summary(jobs.wait(picked)))
+        say(summary(backends.of(picked).wait(picked)))
 
 
 @command
 def resume(name: JobName = None) -> None:
     """Look after a job again whose supervisor was killed; its containers have gone on meanwhile."""
-    picked = chosen(name)
+    picked = local_only(name, "resume")
     say(f"{picked}: {'looked after again' if jobs.resume(picked) else 'needs nothing'}")
 
 
@@ -219,7 +279,7 @@ def interrupt(
     capacity_wait_s: Annotated[float, typer.Option("--capacity-wait-s", min=0, help="Seconds to a new host.")] = 0.0,
 ) -> None:
     """Take the spot capacity of a running job away; it goes on from its checkpoint on new hosts."""
-    picked = chosen(name)
+    picked = local_only(name, "interrupt")
     jobs.interrupt(picked, Interruption(notice=notice, grace_s=grace_s, host=host, capacity_wait_s=capacity_wait_s))
     say(f"{picked}: interrupted")
 
@@ -227,14 +287,18 @@ def interrupt(
 @command
 def list_jobs(as_json: AsJson = False) -> None:
     """List the jobs of this machine, oldest first."""
-    values = [jobs.describe(name) for name in state.job_names()]
+    values = [backends.of(name).describe(name) for name in state.job_names()]
     if as_json:
         show_json(values)
         return
     for value in values:
         shown = "Orphaned" if jobs.orphaned(value) else value["SecondaryStatus"]
         attempts = len(value["Estiba"]["Attempts"])
-        print(f"{value['TrainingJobName']:<63} {shown:<20} {attempts:>3} attempts  {value['CreationTime']}")
+        where = value["Estiba"].get("Target", "local")
+        unsure = "?" if value["Estiba"].get("Unreachable") else ""
+        print(
+            f"{value['TrainingJobName']:<63} {shown + unsure:<20} {attempts:>3} attempts  {value['CreationTime']}  {where}"
+        )
 
 
 @command
@@ -248,7 +312,7 @@ def fetch(
     """Bring the model and output of a finished job here, unpacked into DIR/model and DIR/output."""
     picked = chosen(name)
     folder = into or Path(picked)
-    found = jobs.fetch(picked, folder)
+    found = backends.of(picked).fetch(picked, folder)
     if as_json:
         show_json({what: {"files": count, "path": str((folder / what).absolute())} for what, count in found.items()})
         return
@@ -259,30 +323,16 @@ def fetch(
 
 @command
 def cost(name: JobName = None, as_json: AsJson = False, price_file: PriceFile = None, region: Region = None) -> None:
-    """Show the hours a local job took, and what the same hours on its SageMaker instances would have cost."""
+    """Show the time a job took, what it is billed (SageMaker, boxes with a price), or would have been (local)."""
     picked = chosen(name)
-    value = jobs.describe(picked)
-    tables = prices.load(region or "us-east-1", price_file)
-    hosts = [(tables.get(kind), count) for kind, count in prices.hosts_of(value)]
-    seconds = value.get("BillableTimeInSeconds", 0)
-    usd_per_h = sum(instance.usd_per_h * count for instance, count in hosts)
-    document = {
-        "job": picked,
-        "billable_s": seconds,
-        "usd": 0.0,
-        "sagemaker_usd_per_h": usd_per_h,
-        "sagemaker_usd": usd_per_h * seconds / 3600,
-        "prices_read": min(instance.date for instance, _ in hosts).isoformat(),
-    }
-    for warning in tables.warnings([instance.name for instance, _ in hosts], region):
+    value = backends.of(picked).describe(picked)
+    document, warnings = costs.of(value, prices.load(region or "us-east-1", price_file), region)
+    for warning in warnings:
         say(f"warning: {warning}")
     if as_json:
         show_json(document)
-        return
-    shape = ", ".join(f"{count} x {instance.name}" for instance, count in hosts)
-    print(f"{picked}: {plan.duration(seconds)} on this machine, 0.00 USD")
-    read = f"{usd_per_h:.4g} USD/h, read {document['prices_read']}"
-    print(f"the same time on {shape}: {document['sagemaker_usd']:.4f} USD ({read})")
+    else:
+        print(costs.describe(document))
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

@@ -36,6 +36,10 @@ class HostError(LaunchError):
     exit_code = EXIT_JOB_FAILED
 
 
+class AwsUnavailable(HostError):
+    """AWS cannot be reached, does not know us, or refuses; the job file itself may be good."""
+
+
 VALUE_SHOWN_CHARS = 100
 
 

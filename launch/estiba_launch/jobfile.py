@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,8 +73,9 @@ def load(
     settings: Mapping[str, str] | None = None,
     environ: Mapping[str, str] | None = None,
     now: datetime.datetime | None = None,
+    resolve_role: Callable[[str], str] | None = None,
 ) -> JobFile:
-    """Read, fill in and check a job file for `target`.
+    """Read, fill in and check a job file for `target`; `resolve_role` makes an ARN of a RoleArn that is only a name.
 
     Raises InvalidJob with every problem at once, LaunchError when the file is not readable YAML.
     """
@@ -99,6 +100,9 @@ def load(
     # The running job sees the same name, so a TRAINING_JOB_NAME left in the environment must not win over it.
     variables.sources.insert(0, {"TRAINING_JOB_NAME": str(name)})
     filled = fill_in({**tree, "TrainingJobName": name}, "", variables, problems, written)
+    role = filled.get("RoleArn")
+    if resolve_role and isinstance(role, str) and re.fullmatch(r"[\w+=,.@-]{1,64}", role, re.ASCII):
+        filled["RoleArn"] = resolve_role(role)
     try:
         job = check(path, filled, target, variables.used, written)
     except InvalidJob as error:

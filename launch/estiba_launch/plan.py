@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from . import scripts
-from .errors import BudgetError
+from .errors import BudgetError, LaunchError
 from .forecast import Assumptions, Forecast, forecast
 from .jobfile import JobFile
 from .prices import Instance, Prices, hosts_of
@@ -24,10 +24,18 @@ class Plan:
     hosts: list[tuple[Instance, int]]
     cost: Forecast | None
     warnings: list[str]
+    box_usd_per_h: float | None = None
+    """What an ssh box costs, as its tenant says; None when nobody said."""
+
+    @property
+    def usd_per_h(self) -> float:
+        return self.cost.usd_per_h if self.cost else self.box_usd_per_h or 0.0
 
     @property
     def ceiling_usd(self) -> float:
-        return self.cost.ceiling_usd if self.cost else 0.0
+        if self.cost:
+            return self.cost.ceiling_usd
+        return self.usd_per_h * max_runtime_s(self.job.request) / 3600
 
     def to_json(self) -> dict[str, Any]:
         """Everything `estiba plan` says, for machines."""
@@ -53,11 +61,12 @@ def make(
     options: scripts.HostOptions | None = None,
     region: str | None = None,
     today: datetime.date | None = None,
+    box_usd_per_h: float | None = None,
 ) -> Plan:
     """Price and forecast `job`. Raises LaunchError when the price of an instance type is unknown on SageMaker."""
     used = options or scripts.HostOptions()
     if not job.target.is_sagemaker:
-        return Plan(job=job, options=used, hosts=[], cost=None, warnings=[])
+        return Plan(job=job, options=used, hosts=[], cost=None, warnings=[], box_usd_per_h=box_usd_per_h)
     wanted = hosts_of(job.request)
     hosts = [(prices.get(name), count) for name, count in wanted]
     run_s = max_runtime_s(job.request)
@@ -78,17 +87,25 @@ def max_runtime_s(request: Mapping[str, Any]) -> int:
 
 
 def refuse_over(plan: Plan, max_cost_usd: float | None) -> None:
-    """Raise BudgetError when the job could cost more than `max_cost_usd`."""
+    """Raise BudgetError when the job could cost more than `max_cost_usd`, LaunchError when nobody knows the price."""
+    if max_cost_usd is not None and plan.job.target.kind == "ssh" and plan.box_usd_per_h is None:
+        raise LaunchError(f"--max-cost: the price of {plan.job.target} is not known; pass --usd-per-h")
     if max_cost_usd is not None and plan.ceiling_usd > max_cost_usd:
         raise BudgetError(
             f"{plan.job.name}: may cost up to {plan.ceiling_usd:.2f} USD (MaxRuntimeInSeconds "
-            f"{max_runtime_s(plan.job.request)} at {plan.cost.usd_per_h if plan.cost else 0:.4g} USD/h), more than "
+            f"{max_runtime_s(plan.job.request)} at {plan.usd_per_h:.4g} USD/h), more than "
             f"--max-cost {max_cost_usd:.2f}; lower MaxRuntimeInSeconds, take a cheaper instance, or raise --max-cost"
         )
 
 
 def describe(plan: Plan) -> str:
     """Price and forecast in words, one fact a line."""
+    if plan.box_usd_per_h is not None and plan.cost is None:
+        return (
+            f"{plan.job.name} on {plan.job.target}: at most {plan.ceiling_usd:.2f} USD "
+            f"({duration(max_runtime_s(plan.job.request))} x {plan.box_usd_per_h:.4g} USD/h, as you say; the box is "
+            "billed until you give it back)\n"
+        )
     if plan.cost is None:
         return f"{plan.job.name} on {plan.job.target}: no bill from AWS\n"
     cost, given = plan.cost, plan.cost.assumptions

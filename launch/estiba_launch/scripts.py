@@ -1,4 +1,4 @@
-"""A job as text a person can paste: the request as JSON, `docker run` for this machine, a script for an ssh box."""
+"""A job as text a person can paste: the request as JSON, `docker run` for this machine, a script for ssh."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ class HostOptions:
 
     gpus: str | None = None
     """`all`, a number, or None for none."""
+    gpus_if_any: bool = False
+    """`gpus` was not asked for: a machine without GPUs gives none and is not refused."""
     shm_size: str = "8g"
     """Shared memory of each host; Docker's own 64 MB breaks data loaders."""
     memory: str | None = None
@@ -49,15 +51,26 @@ def quote(text: str) -> str:
     return shlex.quote(text)
 
 
-def docker_run(job: JobFile, host: contract.Host, options: HostOptions, mounts: list[str], *, many: bool) -> list[str]:
-    """The words of one host's `docker run`."""
+def docker_run(
+    job: JobFile,
+    host: contract.Host,
+    options: HostOptions,
+    mounts: list[str],
+    *,
+    detach: bool,
+    env_from_stdin: bool = False,
+) -> list[str]:
+    """The words of one host's `docker run`; detached hosts get a network where they find each other.
+
+    `env_from_stdin` reads further NAME=VALUE lines from stdin, where `options.env_file` names a file otherwise.
+    """
     request = job.request
-    name = f"{job.name}-{host.name}" if many else job.name
-    words = ["docker", "run", *(["--detach"] if many else ["--rm"]), "--name", name, "--hostname", host.name]
+    name = f"{job.name}-{host.name}" if len(contract.hosts(request)) > 1 else job.name
+    words = ["docker", "run", "--detach" if detach else "--rm", "--name", name, "--hostname", host.name]
     words += ["--stop-timeout", str(DOCKER_STOP_S), "--shm-size", options.shm_size]
-    if many or request.get("EnableNetworkIsolation"):
+    if detach or request.get("EnableNetworkIsolation"):
         words += ["--network", f"estiba-{job.name}"]
-    if many:
+    if detach:
         words += ["--network-alias", host.name]
     if options.gpus:
         words += ["--gpus", options.gpus]
@@ -67,7 +80,9 @@ def docker_run(job: JobFile, host: contract.Host, options: HostOptions, mounts: 
         words += ["--cpus", f"{options.cpus:g}"]
     for key, value in contract.environment(request).items():
         words += ["--env", f"{key}={value}"]
-    if options.env_file:
+    if env_from_stdin:
+        words += ["--env-file", "/dev/stdin"]
+    elif options.env_file:
         words += ["--env-file", options.env_file]
     for mount in mounts:
         words += ["--volume", mount]
@@ -98,59 +113,30 @@ def local_script(job: JobFile, options: HostOptions) -> str:
             "# keeps the time limits, restarts after an interruption and packs the results.",
             "set -eu",
             f"work=${{WORK:-$PWD/{job.name}}}",
-            *_body(job, options, local=True),
+            *_body(job, options),
             "",
         ]
     )
 
 
-def ssh_script(job: JobFile, options: HostOptions) -> str:
-    """A shell script, run here, that starts the job on the box of an ssh target."""
-    target = job.target
-    at = f"{target.user}@{target.host}" if target.user else str(target.host)
-    ssh = f"ssh -p {target.port} {at}"
-    image = shlex.quote(job.request["AlgorithmSpecification"]["TrainingImage"])
-    work = f"estiba/{job.name}"
-    lines = [
-        "#!/bin/sh",
-        f"# {job.name} on {target}: image, data, then a detached container. Nothing secret is written on the box.",
-        "set -eu",
-        f"{ssh} mkdir -p {work}/data",
-        f"{ssh} docker pull {image} || docker save {image} | gzip -1 | {ssh} 'gunzip | docker load'",
-    ]
-    for channel in contract.channels(job.request):
-        if channel.uri.startswith("file://"):
-            source = contract.file_path(channel.uri)
-            tail = "/" if not source.suffix else ""
-            into = f"{at}:{work}/data/{channel.name}/"
-            lines.append(f"rsync -az -e 'ssh -p {target.port}' {shlex.quote(str(source) + tail)} {shlex.quote(into)}")
-    inner = "\n".join(["set -eu", f'work="$HOME/{work}"', *_body(job, options, local=False)])
-    lines += [f"{ssh} sh -s <<'ESTIBA_SSH'", inner, "ESTIBA_SSH", f"{ssh} docker logs --follow {_first(job)}", ""]
-    return "\n".join(lines)
-
-
-def _first(job: JobFile) -> str:
-    return f"{job.name}-algo-1"
-
-
-def _body(job: JobFile, options: HostOptions, *, local: bool) -> Iterator[str]:
+def _body(job: JobFile, options: HostOptions) -> Iterator[str]:
     """Config files, data and one `docker run` a host."""
     request = job.request
     cluster = contract.hosts(request)
-    many = len(cluster) > 1 or not local
+    many = len(cluster) > 1
     network = f"estiba-{job.name}"
     if many or request.get("EnableNetworkIsolation"):
         internal = " --internal" if request.get("EnableNetworkIsolation") else ""
         yield f"docker network create{internal} {shlex.quote(network)}"
     data: dict[str, str] = {}
     for channel in contract.channels(request):
-        if channel.sharded and len(cluster) > 1:
+        if channel.sharded and many:
             yield f"# {channel.name} is ShardedByS3Key: `estiba run` gives each host a share, here each sees it all."
         if channel.uri.startswith("s3://"):
             data[channel.name] = f"$work/data/{channel.name}"
             yield f"aws s3 sync {shlex.quote(channel.uri)} {quote(data[channel.name])}"
         else:
-            data[channel.name] = str(contract.file_path(channel.uri)) if local else f"$work/data/{channel.name}"
+            data[channel.name] = str(contract.file_path(channel.uri))
     checkpoints = contract.checkpoint_dir(request)
     store = request.get("CheckpointConfig", {}).get("S3Uri", "")
     if checkpoints and store.startswith("s3://"):
@@ -167,10 +153,10 @@ def _body(job: JobFile, options: HostOptions, *, local: bool) -> Iterator[str]:
             if not channel.groups or host.group in channel.groups
         ]
         if checkpoints:
-            here = str(contract.file_path(store)) if local and store.startswith("file://") else "$work/checkpoints"
+            here = str(contract.file_path(store)) if store.startswith("file://") else "$work/checkpoints"
             yield f"mkdir -p {quote(here)}"
             mounts.append(f"{here}:{checkpoints}")
-        words = docker_run(job, host, options, mounts, many=many)
+        words = docker_run(job, host, options, mounts, detach=many)
         yield wrap(words, len(words) - len(contract.command(request)[1]) - 1)
 
 
@@ -178,7 +164,11 @@ def artefact(job: JobFile, options: HostOptions) -> str:
     """The text of the job for its own target."""
     if job.target.is_sagemaker:
         return request_json(job)
-    return local_script(job, options) if job.target.kind == "local" else ssh_script(job, options)
+    if job.target.kind == "local":
+        return local_script(job, options)
+    from .ssh.script import ssh_script  # it builds on this module
+
+    return ssh_script(job, options)
 
 
 def as_json(job: JobFile, options: HostOptions) -> dict[str, Any]:
@@ -218,10 +208,12 @@ def read_options(
     if like is not None:
         memory = memory or (f"{round(like.memory_gib * 1024)}m" if like.memory_gib else None)
         cpus = cpus or like.vcpus
-    if gpus == "auto":
+    guessed = gpus == "auto"
+    if guessed:
         gpus = "all" if has_gpu_instance or shutil.which("nvidia-smi") else "none"
     return HostOptions(
         gpus=None if gpus == "none" else gpus,
+        gpus_if_any=guessed,
         shm_size=shm_size,
         memory=memory,
         cpus=cpus,

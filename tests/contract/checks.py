@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ def run_job(image: Image, job: Job, root: Path, **options: Any) -> Ended:
     return ended
 
 
-def results_of(ended: Ended, ignore: tuple[str, ...] | list[str] = ()) -> dict[str, bytes]:
+def results_of(ended: Ended, ignore: Sequence[str] = ()) -> dict[str, bytes]:
     assert ended.tree is not None
     return ended.tree.results(ignore)
 

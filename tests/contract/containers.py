@@ -20,6 +20,8 @@ WAIT_S = 300.0
 """No container of these tests has a reason to live longer, on however busy a machine."""
 AT_ONCE = 2
 """Containers that do real work at the same time."""
+ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
+"""On tiny tensors threads only wait for one another, on a busy machine for long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,11 +206,12 @@ class Image:
         **options: Any,
     ) -> Running:
         """`docker run -d IMAGE [COMMAND]`. None sends no command at all, so that the image's own CMD counts."""
-        container = self.client.containers.run(
+        run: Any = self.client.containers.run  # its types list every option of the engine
+        container = run(
             self.reference,
             list(command) if command is not None else None,
             detach=True,
-            environment=dict(environment or {}),
+            environment={**ENVIRONMENT, **(environment or {})},
             labels={self._label: self.name},
             network_mode=network,
             volumes={**(tree.binds() if tree else {}), **(volumes or {})},

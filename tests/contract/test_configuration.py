@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from contract.checks import NewTree, assert_refused, assert_same, results_of
+from contract.checks import NewTree, assert_refused, assert_same, results_of, tree_of
 from contract.containers import Ended, Image, Tree, together
-from contract.workloads import Prepared, as_environment, as_flags, as_json_strings, as_plain_strings
+from contract.workloads import Job, Prepared, as_environment, as_flags, as_json_strings, as_plain_strings
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +38,7 @@ def other_ways(image: Image, prepared: Prepared, tmp_path_factory: pytest.TempPa
 def test_every_way_to_say_a_job_gives_the_same_bytes(
     way: str, other_ways: dict[str, Ended], plain: Ended, prepared: Prepared
 ) -> None:
-    """`plain` sends no command and plain strings; `train` has hyperparameters in JSON, as AWS's older SDK sends them."""
+    """`plain` has no command and plain strings; `train` has hyperparameters in JSON, as AWS's older SDK sends them."""
     assert other_ways[way].code == 0, other_ways[way].log
     assert_same(results_of(other_ways[way], prepared.ignore), results_of(plain, prepared.ignore))
 
@@ -122,10 +122,12 @@ def test_a_job_that_cannot_be_done_is_refused(image: Image, prepared: Prepared, 
 
     def run(index: int) -> Ended:
         refusal = prepared.refusals[index]
-        channels = {name: path for name, path in prepared.quick.channels.items() if name not in refusal.without_channels}
-        tree = Tree(root=tmp_path / str(index), channels=channels).make()
-        tree.write_config(hyperparameters=as_plain_strings({**prepared.quick.settings, **refusal.settings}))
-        return image.run(tree=tree)
+        missing = refusal.without_channels
+        job = Job(
+            channels={name: path for name, path in prepared.quick.channels.items() if name not in missing},
+            settings={**prepared.quick.settings, **refusal.settings},
+        )
+        return image.run(tree=tree_of(job, tmp_path / str(index)))
 
     assert prepared.refusals, "tests/contract/workloads.py names no mistakes for this image"
     endings = together(*[lambda index=index: run(index) for index in range(len(prepared.refusals))])

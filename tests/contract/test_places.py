@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from contract.checks import assert_same, results_of, run_job, tree_of
-from contract.containers import Ended, Image, Tree
+from contract.checks import assert_same, results_of, tree_of
+from contract.containers import Ended, Image, Tree, together
 from contract.workloads import Prepared
 
 STRANGER = "1234:1234"
 """A user that no image knows: no account, no home, no group."""
+
+
+SEALED: dict[str, Any] = {"read_only": True, "tmpfs": {"/tmp": "size=256m"}}
+PLACES: dict[str, dict[str, Any]] = {
+    "as a user without an account": {"user": STRANGER},
+    "on a read-only file system": SEALED,
+    "as both, without capabilities": {
+        "user": STRANGER,
+        **SEALED,
+        "cap_drop": ["ALL"],
+        "security_opt": ["no-new-privileges"],
+    },
+}
 
 
 def open_to_all(tree: Tree) -> Tree:
@@ -33,7 +48,30 @@ def test_input_is_read_only_and_a_network_is_not_needed(plain: Ended) -> None:
     assert {bind.rsplit(":", 1)[1] for bind in plain.settings["Binds"] if "/opt/ml/input" in bind} == {"ro"}
 
 
-def test_input_is_left_as_it_was(image: Image, prepared: Prepared, plain: Ended, tmp_path: Path) -> None:
+@pytest.fixture(scope="session")
+def elsewhere(image: Image, prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    """The quick job in each of the places."""
+
+    def call(place: str) -> Callable[[], Ended]:
+        tree = open_to_all(tree_of(prepared.quick, tmp_path_factory.mktemp(f"place-{image.name}")))
+        return lambda: image.run(tree=tree, **PLACES[place])
+
+    return dict(zip(PLACES, together(*map(call, PLACES)), strict=True))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_job_gives_the_same_bytes(place: str, elsewhere: dict[str, Ended], plain: Ended, prepared: Prepared) -> None:
+    assert elsewhere[place].code == 0, elsewhere[place].log
+    assert_same(results_of(elsewhere[place], prepared.ignore), results_of(plain, prepared.ignore))
+
+
+def test_what_a_user_writes_is_its_own(elsewhere: dict[str, Ended]) -> None:
+    tree = elsewhere["as a user without an account"].tree
+    assert tree is not None
+    assert {path.stat().st_uid for path in tree.output.rglob("*")} == {1234}
+
+
+def test_input_is_left_as_it_was(image: Image, prepared: Prepared, tmp_path: Path) -> None:
     """A job that may write to its input must not."""
     tree = tree_of(prepared.quick, tmp_path)
     writable = {
@@ -44,53 +82,21 @@ def test_input_is_left_as_it_was(image: Image, prepared: Prepared, plain: Ended,
     assert {source: files_below(Path(source)) for source in writable} == before
 
 
-def test_any_user_can_run_a_job_where_it_may_write(
-    image: Image, prepared: Prepared, plain: Ended, tmp_path: Path
-) -> None:
-    tree = open_to_all(tree_of(prepared.quick, tmp_path))
-    ended = image.run(tree=tree, user=STRANGER)
-    assert ended.code == 0, ended.log
-    assert_same(results_of(ended, prepared.ignore), results_of(plain, prepared.ignore))
-    assert {path.stat().st_uid for path in tree.output.rglob("*")} == {1234}
-
-
-@pytest.mark.parametrize("closed", ["output", "checkpoints"])
 def test_a_user_that_may_not_write_is_told_where_and_what_to_do(
-    closed: str, image: Image, prepared: Prepared, tmp_path: Path
+    image: Image, prepared: Prepared, tmp_path: Path
 ) -> None:
-    tree = open_to_all(tree_of(prepared.quick, tmp_path))
-    os.chmod(tree.root / closed, 0o755)  # noqa: S103
-    ended = image.run(tree=tree, user=STRANGER)
-    assert ended.code == 2, ended.log
-    assert "Traceback" not in ended.log
-    assert re.search(rf"error: .*/opt/ml/{closed}\b.*user 1234.*mount", ended.log), ended.log
-    assert results_of(ended) == {}
-    if closed != "output":
-        assert "user 1234" in (tree.failure or "")
+    def run(closed: str) -> Ended:
+        tree = open_to_all(tree_of(prepared.quick, tmp_path / closed))
+        os.chmod(tree.root / closed, 0o755)  # noqa: S103
+        return image.run(tree=tree, user=STRANGER)
 
-
-def test_a_read_only_root_file_system_is_enough(
-    image: Image, prepared: Prepared, plain: Ended, tmp_path: Path
-) -> None:
-    ended = run_job(image, prepared.quick, tmp_path, read_only=True, tmpfs={"/tmp": "size=256m"})
-    assert_same(results_of(ended, prepared.ignore), results_of(plain, prepared.ignore))
-
-
-def test_a_stranger_on_a_read_only_file_system_can_run_a_job(
-    image: Image, prepared: Prepared, plain: Ended, tmp_path: Path
-) -> None:
-    """Both at once, and no capability left: how a careful cluster runs what it does not know."""
-    tree = open_to_all(tree_of(prepared.quick, tmp_path))
-    ended = image.run(
-        tree=tree,
-        user=STRANGER,
-        read_only=True,
-        tmpfs={"/tmp": "size=256m"},
-        cap_drop=["ALL"],
-        security_opt=["no-new-privileges"],
-    )
-    assert ended.code == 0, ended.log
-    assert_same(results_of(ended, prepared.ignore), results_of(plain, prepared.ignore))
+    endings = together(lambda: run("output"), lambda: run("checkpoints"))
+    for closed, ended in zip(("output", "checkpoints"), endings, strict=True):
+        assert ended.code == 2, ended.log
+        assert "Traceback" not in ended.log
+        assert re.search(rf"error: .*/opt/ml/{closed}\b.*user 1234.*mount", ended.log), ended.log
+        assert results_of(ended) == {}
+    assert "user 1234" in (endings[1].tree.failure or "")
 
 
 @pytest.mark.parametrize("variable", ["HOME", "HF_HOME", "TMPDIR"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import time
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ time.sleep(600)
 TWO_TERMS = """
 import os, pathlib, signal, time
 def workload():
-    for path in pathlib.Path("/proc").glob("[0-9]*"):
+    for path in pathlib.Path("/proc").glob("[0-9]*"):  # those of this container
         status = dict(line.split(":\\t", 1) for line in (path / "status").read_text().splitlines() if ":\\t" in line)
         if status["PPid"] == "1" and int(status["SigCgt"], 16) >> (signal.SIGTERM - 1) & 1:
             return True
@@ -45,8 +46,7 @@ time.sleep(600)
 ZOMBIES = """
 for i in 1 2 3 4 5; do (sleep 0.1 & exec true) & done; wait
 for i in $(seq 100); do
-    left=$(cat /proc/[0-9]*/stat 2>/dev/null | awk '{ sub(/.*[)] /, ""); if (($1 == "Z" || $1 == "S") && $2 == 1) n++ } END { print n + 0 }')
-    [ "$left" = 1 ] && echo "all buried" && exit 0
+    [ "$(ps -o pid= --ppid 1 | wc -l)" = 1 ] && echo "all buried" && exit 0
     sleep 0.1
 done
 ps -eo pid,ppid,stat,args; exit 1
@@ -111,10 +111,18 @@ def test_docker_stop_reaches_a_shells_trap(image: Image) -> None:
     assert "bye" in ended.log
 
 
+def test_docker_stop_works_below_another_init(image: Image) -> None:
+    """`docker run --init`, and compose's `init: true`: the job layer is then not PID 1."""
+    running = image.start(["bash", "-c", 'trap "exit 3" TERM; sleep 600 & echo ready; wait'], init=True)
+    running.wait_for_line("ready")
+    assert running.stop() < SOON_S
+    assert running.end().code == 3
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_reaches_a_program_below_a_shell(name: str, image: Image, tree: Tree) -> None:
     """The shell would die of it and leave the program to be killed; both get it, and the program can save."""
-    running = image.start(["bash", "-c", f"echo start; python -c '{SAVES.replace(chr(39), chr(34))}'; exit $?"], tree=tree)
+    running = image.start(["bash", "-c", f"echo start; python -c '{SAVES}'; exit $?"], tree=tree)
     running.wait_for_line("ready")
     running.signal(name)
     started = time.monotonic()
@@ -146,7 +154,7 @@ def test_ctrl_c_on_a_terminal_reaches_the_program(image: Image) -> None:
     code = "import time\nprint('ready', flush=True)\ntry: time.sleep(600)\nexcept KeyboardInterrupt: exit(9)"
     running = image.start(["python", "-c", code], tty=True, stdin_open=True)
     running.wait_for_line("ready")
-    socket = running.container.attach_socket(params={"stdin": 1, "stream": 1})
+    socket: Any = running.container.attach_socket(params={"stdin": 1, "stream": 1})
     socket._sock.sendall(b"\x03")
     assert running.end().code == 9
     socket.close()
@@ -166,9 +174,7 @@ def test_an_orphan_does_not_keep_an_ended_job_alive(image: Image) -> None:
 def test_running_out_of_memory_is_told_as_that(image: Image, tree: Tree) -> None:
     if not image.client.info().get("MemoryLimit"):
         pytest.skip("this engine cannot limit memory (no memory controller)")
-    ended = image.run(
-        ["python", "-c", "held = bytearray(10**9)"], tree=tree, mem_limit="256m", memswap_limit="256m"
-    )
+    ended = image.run(["python", "-c", "held = bytearray(10**9)"], tree=tree, mem_limit="256m", memswap_limit="256m")
     assert ended.code == 137, ended.log
     assert (tree.failure or "").startswith("out of memory")
     assert "256 MiB" in (tree.failure or "")

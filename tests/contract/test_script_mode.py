@@ -92,21 +92,18 @@ def test_the_script_can_be_named_by_a_hyperparameter(encode: Any, image: Image, 
 
 
 def test_the_script_can_come_in_an_archive(image: Image, tree: Tree, tmp_path: Path) -> None:
-    """SAGEMAKER_SUBMIT_DIRECTORY names a tar.gz; the toolkit takes a local path where SageMaker has one on S3."""
+    """As AWS's SDKs bring it: a tar.gz, on S3 there, and a path here. The toolkit reads only the hyperparameter."""
     source = tmp_path / "source"
-    (source / "inside").mkdir(parents=True)
-    (source / "inside/train.py").write_text(TELLS_PY)
+    source.mkdir()
+    (tmp_path / "train.py").write_text(TELLS_PY)
     with tarfile.open(source / "sourcedir.tar.gz", "w:gz") as archive:
-        archive.add(source / "inside/train.py", "train.py")
+        archive.add(tmp_path / "train.py", "train.py")
+    values = {"sagemaker_program": "train.py", "sagemaker_submit_directory": "/source/sourcedir.tar.gz"}
+    values |= {"epochs": "3", "nombre": "barco azul"}
     tree.write_config(
-        hyperparameters={"epochs": "3", "nombre": '"barco azul"'}, resources=RESOURCES, inputs={}
+        hyperparameters={name: json.dumps(value) for name, value in values.items()}, resources=RESOURCES, inputs={}
     )
-    ended = launch(
-        image,
-        tree,
-        environment={"SAGEMAKER_PROGRAM": "train.py", "SAGEMAKER_SUBMIT_DIRECTORY": "/source/sourcedir.tar.gz"},
-        volumes={str(source): {"bind": "/source", "mode": "ro"}},
-    ).end()
+    ended = launch(image, tree, volumes={str(source): {"bind": "/source", "mode": "ro"}}).end()
     assert ended.code == 0, ended.log
     assert told(tree) == {"argv": FLAGS, "epochs": "3"}
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from s3server import S3Server, s3_server
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -101,6 +102,12 @@ def s3_process() -> Iterator[S3Server]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def s3_client(s3_process: S3Server) -> Any:
+    """Someone else's view of the same objects; made once, as that takes a while."""
+    return s3_process.client()
+
+
 @pytest.fixture
 def s3(s3_process: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     """The server, with this process's environment pointing to it."""
@@ -142,7 +149,7 @@ def as_nobody() -> Callable[[Callable[[], Any]], Any]:
             os._exit(0)
         os.close(writing)
         with os.fdopen(reading, "rb") as file:
-            succeeded, value = pickle.loads(file.read())  # noqa: S301 (our own child's words)
+            succeeded, value = pickle.loads(file.read())
         os.waitpid(child, 0)
         if not succeeded:
             raise value
@@ -164,7 +171,8 @@ def open_dir() -> Iterator[Path]:
 class Place:
     """One job's root, a stub workload, and ways to run things there."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, bytecode: Path) -> None:
+        """`bytecode` keeps what Python compiles: hundreds of short processes import the same few modules."""
         self.folder = folder
         self.root = folder / "ml"
         self.failure = self.root / "output/failure"
@@ -172,9 +180,13 @@ class Place:
         (folder / "packages/stub/__init__.py").touch()
         (folder / "packages/stub/__main__.py").write_text(STUB)
         self.environ = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)},
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith(FOREIGN) and name != "PYTHONDONTWRITEBYTECODE"
+            },
             "PYTHONPATH": f"{SHARED}:{folder / 'packages'}",
-            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONPYCACHEPREFIX": str(bytecode),
             "ESTIBA_ROOT": str(self.root),
             "ESTIBA_WORKLOAD": "stub",
         }
@@ -235,9 +247,14 @@ class Place:
                     stream.close()
 
 
+@pytest.fixture(scope="session")
+def bytecode(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bytecode")
+
+
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    found = Place(tmp_path)
+def place(tmp_path: Path, bytecode: Path) -> Iterator[Place]:
+    found = Place(tmp_path, bytecode)
     yield found
     found.end()
 

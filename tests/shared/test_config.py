@@ -271,6 +271,16 @@ def test_variables_of_others_and_of_the_job_layer_are_no_mistakes() -> None:
     assert sample(env={**others, **dict.fromkeys(RESERVED_ENV, "1")}) == sample()
 
 
+def test_a_variable_of_the_job_layer_is_never_a_field_of_the_same_name() -> None:
+    class Revised(Config):
+        revision: str | None = None
+
+    images_own = {"ESTIBA_REVISION": "1998f8e22e6a"}
+    assert sample(env=images_own, cls=Revised).revision is None
+    assert sample(env=images_own, hyper={"revision": "main"}, cls=Revised).revision == "main"
+    assert sample(env={**images_own, "SM_HP_REVISION": "v2"}, cls=Revised).revision == "v2"
+
+
 def test_hyperparameters_of_sagemaker_itself_are_ignored() -> None:
     own = {"sagemaker_program": "x.py", "sagemaker_submit_directory": '"s3://b/x"', "_tuning_objective_metric": "loss"}
     assert sample(hyper=own) == sample()

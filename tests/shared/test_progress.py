@@ -121,7 +121,7 @@ def test_a_terminal_gets_a_bar_and_no_lines(tmp_path: Path) -> None:
     main, terminal = pty.openpty()
     with os.fdopen(terminal, "w") as stream:
         progress = Progress(
-            total=100, unit="rows", done=40, stream=stream, metrics_path=tmp_path / "m.jsonl", interval_s=0
+            total=100, unit="rows", done=40, stream=stream, metrics_path=tmp_path / "m.jsonl", interval_s=1e-6
         )
         time.sleep(0.15)  # the bar redraws ten times a second at most
         progress.advance(10, loss=0.5)

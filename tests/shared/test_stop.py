@@ -19,7 +19,7 @@ import pytest
 
 from estiba import stop as stop_module
 from estiba.errors import ConfigError, EstibaError
-from estiba.stop import GRACE_S, SPOT_NOTICE_S, Stop, say, seconds
+from estiba.stop import GRACE_S, SPOT_NOTICE_S, Stop, seconds
 
 WAITING = """
 import sys

@@ -214,27 +214,28 @@ def _digest(parts: Mapping[str, object]) -> str:
 
 
 def compute(work: Work, crew: Solo | Team, job: Job, stop: Stop) -> None:
-    """Until every file is joined or bad. Raises Interrupted."""
-    with contextlib.ExitStack() as stack:
-        progress = Progress(
-            total=work.rows_total, unit="rows", done=work.rows_done, metrics_path=_metrics_path(work, job)
-        )
-        stack.callback(progress.close)
-        work.progress = progress
+    """Until every file is joined or bad. Raises Interrupted; what is finished is in the ledger however it ends."""
+    progress = Progress(total=work.rows_total, unit="rows", done=work.rows_done, metrics_path=_metrics_path(work, job))
+    work.progress = progress
+    try:
         for _ in range(PASSES):
-            tasks = work.tasks()
-            if tasks:
+            if tasks := work.tasks():
                 crew.run(tasks, work.pieces, work.on_event, lambda: stop() or work.error is not None)
             work.join(stop)
             if stop():
-                work.abandon()
                 raise stop.interrupted(work.what_is_safe())
             if not work.lost:
                 return
             work.lost.clear()
-    raise DataError(
-        f"{work.pieces.store.url}: finished pieces fail their digest again and again; do not trust this disk"
-    )
+        raise DataError(
+            f"{work.pieces.store.url}: finished pieces fail their digest again and again; do not trust this disk"
+        )
+    except BaseException:
+        with contextlib.suppress(Exception):  # a full disk, say: the first error is the one to tell
+            work.abandon()
+        raise
+    finally:
+        progress.close()
 
 
 def _metrics_path(work: Work, job: Job) -> Path | None:

@@ -14,8 +14,8 @@ from docker.errors import DockerException
 
 from .. import contract
 from ..errors import HostError
-from . import channels, control
-from .control import Interruption, LocalOptions
+from . import channels, control, interruption
+from .control import LocalOptions
 from .engine import End, Engine, EngineGone
 from .logs import JobLog, Metrics, Pump
 from .record import Record, now_text
@@ -88,7 +88,8 @@ class Attempt:
         self.root = job_dir / "attempts" / str(self.number)
         self.runs: list[HostRun] = []
         self._pumps: dict[str, Pump] = {}
-        self._quiet = threading.Event()
+        self.quiet = threading.Event()
+        """Set when nothing more of the hosts' directories goes to the store."""
         self._unwatched = False
 
     # ---- before the start
@@ -130,7 +131,7 @@ class Attempt:
                 image=self.image,
                 entrypoint=entrypoint,
                 arguments=arguments,
-                environment=contract.environment(self.request),
+                environment={**self.options.environment, **contract.environment(self.request)},
                 mounts=[*self._mounts(run), *placed[run.host.name]],
                 network=network,
                 options=self.options.host,
@@ -204,7 +205,7 @@ class Attempt:
         try:
             result = self._watch()
         finally:
-            self._quiet.set()
+            self.quiet.set()
             syncing.join()
         for run in self.runs:
             if run.host.name in self._pumps:
@@ -244,44 +245,34 @@ class Attempt:
         if (engine_was_gone or unwatched) and any(
             run.end and run.end.exit_code in KILLED_CODES and not run.end.out_of_memory for run in bad
         ):
-            self.engine.kill(self._running())
-            return self._finish(Outcome.HOST_LOST, "the docker engine died and took the job's containers with it")
+            self.engine.kill(self.running())
+            return self.finish(Outcome.HOST_LOST, "the docker engine died and took the job's containers with it")
         if bad:
-            self.engine.stop(self._running(), self.options.stop_grace_s)
-            return self._finish(Outcome.FAILED, self._failure_reason(bad[0]))
+            self.engine.stop(self.running(), self.options.stop_grace_s)
+            return self.finish(Outcome.FAILED, self._failure_reason(bad[0]))
         if len(ended) == len(self.runs):
-            return self._finish(Outcome.COMPLETED)
+            return self.finish(Outcome.COMPLETED)
         reason = control.stop_ordered(self.job_dir)
         limit = self.deadline()
         if reason is not None or (limit is not None and limit[0] <= 0):
             outcome = Outcome.STOPPED if reason is not None or limit is None else limit[1]
             self.record.to("Stopping", f"Stopping the training job: {reason or outcome}")
             self.log.mark(f"stopping ({reason or outcome}): TERM, then KILL after {self.options.stop_grace_s} s")
-            self.engine.stop(self._running(), self.options.stop_grace_s)
-            return self._finish(outcome, reason or "")
+            self.engine.stop(self.running(), self.options.stop_grace_s)
+            return self.finish(outcome, reason or "")
         order = control.take_interruption(self.job_dir)
-        return self._interrupt(order) if order else None
+        return interruption.carry_out(self, order) if order else None
 
-    def _interrupt(self, order: Interruption) -> Result:
-        lost = [run.container for run in self.runs if order.host in (None, run.host.name)]
-        how = f"TERM, then KILL after {order.grace_s} s" if order.notice else "KILL, no notice"
-        self.log.mark(f"spot interruption of {order.host or 'all hosts'}: {how}")
-        if order.notice:
-            self.engine.stop(lost, order.grace_s)
-        else:
-            # The host is gone: nothing more of its directory reaches the store.
-            self._quiet.set()
-            self.engine.kill(lost)
-        self.engine.kill(self._running())
-        return self._finish(
-            Outcome.INTERRUPTED, "spot capacity was taken back", sync=order.notice, wait_s=order.capacity_wait_s
-        )
+    def interrupted(self, note: dict[str, Any], *, sync: bool, wait_s: float) -> Result:
+        """The attempt's hosts were taken away; `note` says how."""
+        self.record.attempts[-1]["Interruption"] = note
+        return self.finish(Outcome.INTERRUPTED, "spot capacity was taken back", sync=sync, wait_s=wait_s)
 
-    def _finish(self, outcome: Outcome, reason: str = "", *, sync: bool = True, wait_s: float = 0.0) -> Result:
+    def finish(self, outcome: Outcome, reason: str = "", *, sync: bool = True, wait_s: float = 0.0) -> Result:
         """No container runs any more: note how each ended, and bring the last checkpoint files to the store."""
         for run in self.runs:
             run.end = run.end or self.engine.end(run.container)
-        self._quiet.set()
+        self.quiet.set()
         codes = {run.host.name: run.end.exit_code if run.end else None for run in self.runs}
         if sync:
             try:
@@ -292,7 +283,7 @@ class Attempt:
         self.record.end_attempt(outcome, codes, reason)
         return Result(outcome=outcome, reason=reason, capacity_wait_s=wait_s)
 
-    def _running(self) -> list[str]:
+    def running(self) -> list[str]:
         return [run.container for run in self.runs if self.engine.end(run.container) is None]
 
     def _failure_reason(self, run: HostRun) -> str:
@@ -327,9 +318,9 @@ class Attempt:
 
     def _sync_now_and_then(self) -> None:
         failing = False
-        while not self._quiet.wait(self.options.sync_every_s):
+        while not self.quiet.wait(self.options.sync_every_s):
             for run in self.runs:
-                if run.sync is None or self._quiet.is_set():
+                if run.sync is None or self.quiet.is_set() or control.sync_held(self.job_dir):
                     continue
                 try:
                     run.sync.push()

@@ -13,6 +13,7 @@ from ..state import read_json, write_json
 
 STOP = "stop.json"
 INTERRUPT = "interrupt.json"
+HOLD_SYNC = "hold-sync"
 LOCK = "lock"
 OPTIONS = "options.json"
 REQUEST = "request.json"
@@ -29,6 +30,9 @@ class Interruption:
     """The host that is lost; the others are stopped with it, as one job is one cluster. None for all."""
     capacity_wait_s: float = 0.0
     """Seconds until there is a new host."""
+    at_write: bool = False
+    """Without notice only: wait for the next write to the checkpoint directory and KILL in the middle of it. What is
+    on disk then is synced, torn files too, as a sync that looked at that moment would have done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,8 @@ class LocalOptions:
     """Seconds until the first host is there."""
     keep_hosts: bool = False
     """Keep the directories of finished hosts."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Given to containers beside the request's own, which wins: what a drill sets without changing the job."""
 
     def write(self, job_dir: Path) -> None:
         write_json(job_dir / OPTIONS, asdict(self))
@@ -79,6 +85,19 @@ def take_interruption(job_dir: Path) -> Interruption | None:
         return None
     (job_dir / INTERRUPT).unlink(missing_ok=True)
     return Interruption(**order)
+
+
+def hold_sync(job_dir: Path) -> None:
+    """Leave the checkpoint directory unsynced until the next interruption: a drill of what a late sync costs."""
+    (job_dir / HOLD_SYNC).touch()
+
+
+def release_sync(job_dir: Path) -> None:
+    (job_dir / HOLD_SYNC).unlink(missing_ok=True)
+
+
+def sync_held(job_dir: Path) -> bool:
+    return (job_dir / HOLD_SYNC).exists()
 
 
 def hold(job_dir: Path) -> IO[str] | None:

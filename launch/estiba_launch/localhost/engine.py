@@ -168,6 +168,19 @@ class Engine:
             return None
         return End(exit_code=int(state["ExitCode"]), out_of_memory=bool(state.get("OOMKilled")))
 
+    def pid(self, container_id: str) -> int | None:
+        """Process id of the container's first process if this process may signal it; None where it is not here."""
+        try:
+            state = self._ask(container_id[:12], lambda: self.client.api.inspect_container(container_id))["State"]
+            pid = int(state["Pid"])
+            # Docker Desktop's numbers are of another machine: one of the same number here is somebody else.
+            mine = pid > 1 and container_id in Path(f"/proc/{pid}/cgroup").read_text("utf-8")
+            if mine:
+                os.kill(pid, 0)
+        except (NotFound, OSError):
+            return None
+        return pid if mine else None
+
     def stop(self, container_ids: list[str], grace_s: int) -> None:
         """TERM to all at once, KILL to what is left after `grace_s`."""
 

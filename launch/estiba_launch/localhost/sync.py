@@ -81,5 +81,10 @@ class CheckpointSync:
                 deleted += 1
             return Moved(uploaded=uploaded, uploaded_bytes=size, deleted=deleted)
 
+    def pending(self) -> tuple[int, int]:
+        """What is here and not in the store yet: (files, bytes)."""
+        sizes = [seen[0] for key, seen in self._scan().items() if self._known.get(key) != seen]
+        return len(sizes), sum(sizes)
+
     def _scan(self) -> dict[str, Signature]:
         return {key: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for key, stat in walk(self.local)}

@@ -162,7 +162,7 @@ class Box:
     def rsync(
         self, words: Iterable[str], *, files_from: Iterable[str] | None = None, progress: bool = False
     ) -> subprocess.CompletedProcess[bytes]:
-        """Run rsync over the same connection; `words` are options, sources and destination. Raises BoxError, BoxGone."""
+        """Run rsync over the same connection; `words`: options, sources, destination. Raises BoxError, BoxGone."""
         if not shutil.which("rsync"):
             raise LaunchError("rsync: not found here; install it (apt install rsync)")
         self.connect()

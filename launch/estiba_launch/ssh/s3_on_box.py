@@ -1,13 +1,17 @@
 """Move objects between S3 and /data; runs inside the job's image, which has boto3. Standard library and boto3 only.
 
-    s3.py get s3://BUCKET/PREFIX     bring every object below the prefix that differs in size
-    s3.py sync s3://BUCKET/PREFIX    carry changes and deletes of /data there every 30 s, and once more on TERM
+s3.py get s3://BUCKET/PREFIX     bring every object below the prefix that differs in size
+s3.py sync s3://BUCKET/PREFIX    carry changes and deletes of /data there every 30 s, and once more on TERM
 """
+
+from __future__ import annotations
 
 import os
 import signal
 import sys
 import threading
+import time
+from collections.abc import Iterator
 
 import boto3
 from botocore.config import Config
@@ -23,14 +27,14 @@ bucket, _, prefix = address.removeprefix("s3://").partition("/")
 prefix = prefix.strip("/")
 
 
-def objects(start):
+def objects(start: str) -> Iterator[tuple[str, int]]:
     for page in s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=start):
         for entry in page.get("Contents", []):
             if not entry["Key"].endswith("/"):
                 yield entry["Key"], entry["Size"]
 
 
-def get():
+def get() -> None:
     below = f"{prefix}/" if prefix else ""
     found = [(key, key[len(below) :], size) for key, size in objects(below)]
     # S3's own meaning: a prefix is any beginning of a key.
@@ -46,8 +50,8 @@ def get():
     print(f"{address}: {len(found)} objects, {sum(size for _, _, size in found)} bytes", file=sys.stderr)
 
 
-def look():
-    seen = {}
+def look() -> dict[str, tuple[int, int]]:
+    seen: dict[str, tuple[int, int]] = {}
     for folder, _, names in os.walk(ROOT):
         for name in names:
             path = os.path.join(folder, name)
@@ -60,7 +64,7 @@ def look():
     return seen
 
 
-def sync():
+def sync() -> None:
     sent = look()
     while True:
         last = stop.wait(EVERY_S)
@@ -79,6 +83,7 @@ def sync():
                 del sent[name]
         except Exception as error:
             print(f"checkpoints not synced, trying again: {error}", file=sys.stderr)
+            time.sleep(5)
         else:
             if last:
                 return

@@ -7,8 +7,9 @@ go on to Docker through pipes: they are in no file and no argument.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import resources
+from typing import Any
 
 from .. import contract, scripts
 from ..contract import ChannelSource
@@ -35,7 +36,7 @@ def work_dir(name: str) -> str:
     return f"{FOLDER}/jobs/{name}"
 
 
-def containers(job_name: str, request: dict) -> list[str]:  # type: ignore[type-arg]
+def containers(job_name: str, request: Mapping[str, Any]) -> list[str]:
     """Container of each host: the job's name, with the host's behind it when there are several."""
     cluster = contract.hosts(request)
     return [job_name] if len(cluster) == 1 else [f"{job_name}-{host.name}" for host in cluster]
@@ -54,7 +55,16 @@ def s3_tool() -> str:
 
 def start_script(job: JobFile, options: HostOptions) -> str:
     """start.sh: run on the box with the environment on stdin; data and image are there already."""
-    return "\n".join(["set -eu", f'work="$HOME/{work_dir(job.name)}"', "env=$(cat)", *_start(job, options), ""])
+    return "\n".join(
+        [
+            "set -eu",
+            f'work="$HOME/{work_dir(job.name)}"',
+            "env=$(cat)",
+            '[ -z "$env" ] || : >"$work/had-secrets"',
+            *_start(job, options),
+            "",
+        ]
+    )
 
 
 def _start(job: JobFile, options: HostOptions) -> Iterator[str]:
@@ -76,6 +86,12 @@ def _start(job: JobFile, options: HostOptions) -> Iterator[str]:
         yield 'mkdir -p "$work/checkpoints"'
     if in_s3:
         yield _s3_words(image, "checkpoints", ["get", store])
+    if in_s3:
+        # Before the hosts: what it finds now is what was restored.
+        words = ["docker", "run", "--detach", "--name", f"{job.name}-sync", "--restart", "no", "--stop-timeout", "600"]
+        yield "printf '%s\\n' \"$env\" | " + " ".join(
+            [shlex.join(words), _s3_mounts("checkpoints"), shlex.join([image, "/s3.py", "sync", store]), ">/dev/null"]
+        )
     for host in cluster:
         root = f"$work/{host.name}"
         yield f"mkdir -p {quote(root + '/input/config')} {quote(root + '/model')} {quote(root + '/output/data')}"
@@ -94,11 +110,6 @@ def _start(job: JobFile, options: HostOptions) -> Iterator[str]:
             mounts.append(f"$work/checkpoints:{checkpoints}")
         words = scripts.docker_run(job, host, options, mounts, detach=True, env_from_stdin=True)
         yield "printf '%s\\n' \"$env\" | " + scripts.wrap(words, len(words) - len(contract.command(request)[1]) - 1)
-    if in_s3:
-        words = ["docker", "run", "--detach", "--name", f"{job.name}-sync", "--restart", "no", "--stop-timeout", "600"]
-        yield "printf '%s\\n' \"$env\" | " + " ".join(
-            [shlex.join(words), _s3_mounts("checkpoints"), shlex.join([image, "/s3.py", "sync", store]), ">/dev/null"]
-        )
     yield f"cat > \"$work/watch.sh\" <<'ESTIBA_FILE'\n{watch_script(job)}ESTIBA_FILE"
     # In a session of its own: it outlives this connection.
     yield 'setsid nohup sh "$work/watch.sh" >"$work/watch.log" 2>&1 </dev/null &'
@@ -123,18 +134,26 @@ def _share(channel: ChannelSource, host: contract.Host, cluster: list[contract.H
     return (
         f"mkdir -p {quote(place)}\n"
         f"(cd {quote(f'$work/data/{channel.name}')} && find . -type f | LC_ALL=C sort | awk '{pick}' |\n"
-        f'  while IFS= read -r file; do mkdir -p {quote(place)}/"${{file%/*}}"; ln -f "$file" {quote(place)}/"$file"; done)'
+        "  while IFS= read -r file; do\n"
+        f'    mkdir -p {quote(place)}/"${{file%/*}}"; ln -f "$file" {quote(place)}/"$file"\n  done)'
     )
 
 
 def watch_script(job: JobFile) -> str:
-    """watch.sh: keeps MaxRuntimeInSeconds, ends a cluster of which one host failed, keeps log and exit codes."""
+    """watch.sh: keeps MaxRuntimeInSeconds, ends a cluster of which one host failed, keeps log and exit codes.
+
+    Only one runs at a time, so it may be started again whenever somebody looks at the job.
+    """
     names = containers(job.name, job.request)
     return f"""\
 names='{" ".join(names)}'
 cd "$HOME/{work_dir(job.name)}" || exit 1
-deadline=$(( $(date +%s) + {max_runtime_s(job.request)} ))
+exec 9>watch.lock
+flock -n 9 || exit 0
+[ -e deadline ] || echo $(( $(date +%s) + {max_runtime_s(job.request)} )) > deadline
+deadline=$(cat deadline)
 while sleep 2; do
+  docker info >/dev/null 2>&1 || continue
   running= failed=
   for name in $names; do
     state=$(docker inspect --format '{{{{.State.Status}}}} {{{{.State.ExitCode}}}}' "$name") || continue
@@ -153,7 +172,8 @@ while sleep 2; do
 done
 docker stop --time 600 {job.name}-sync 2>/dev/null && docker rm {job.name}-sync
 for name in $names; do docker logs --timestamps "$name" > "$name.log" 2>&1; done
-docker inspect --format '{INSPECT}' $names > end.part && mv end.part end
+docker inspect --format '{INSPECT}' $names > end.part
+mv end.part end
 # Docker keeps a container's environment, so containers that were given secrets do not outlive their job.
 if [ -e had-secrets ]; then docker rm $names; fi
 docker network rm estiba-{job.name}
@@ -174,7 +194,7 @@ def ssh_script(job: JobFile, options: HostOptions) -> str:
     work = work_dir(job.name)
     lines = [
         "#!/bin/sh",
-        f"# {job.name} on {target}: engine, image, data, then a detached container. Nothing secret is written on the box.",
+        f"# {job.name} on {target}: engine, image, data, then a detached container. The box stores no secret.",
         "set -eu",
         f"{ssh} 'docker info >/dev/null 2>&1' || {ssh} 'bash -s engine' < scripts/engine.sh",
         f"{ssh} docker pull -q {image} || docker save {image} | gzip -1 | {ssh} docker load -q",
