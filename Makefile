@@ -19,8 +19,8 @@ demo: env ## from nothing to vectors: engine, images, a real embedding job, what
 	@bash demo/run.sh
 compose: env ## the demo's job over a local S3 server, input and output on s3:// (after make demo)
 	@bash compose/run.sh
-train/%: env ## run images/NAME/job.yaml with the launcher (TARGET=local, ssh://user@host or sagemaker)
-	@.venv/bin/estiba run images/$*/job.yaml --target $(or $(TARGET),local)
+train/%: env ## run images/NAME/job.yaml with the launcher (TARGET=local, ssh://user@host or sagemaker; ARGS=--yes)
+	@.venv/bin/estiba run images/$*/job.yaml --target $(or $(TARGET),local) $(ARGS)
 drill: env ## rehearse spot interruptions on one image and count the lost work (IMAGE=embed)
 	@.venv/bin/estiba drill images/$(or $(IMAGE),embed)/job.yaml
 

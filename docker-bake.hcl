@@ -80,7 +80,7 @@ target "image" {
   context    = "."
   dockerfile = "images/${image}/Dockerfile"
   contexts   = { base = base_of(image), wheels = wheels(image) }
-  args       = { ESTIBA_VERSION = VERSION, ESTIBA_REVISION = REVISION }
+  args       = { ESTIBA_VERSION = VERSION, ESTIBA_IMAGE_REVISION = REVISION }
   tags       = tags(image)
   labels = {
     "estiba.image"                      = image # ours, so that clearing away old builds touches nobody else's

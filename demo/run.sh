@@ -4,8 +4,8 @@
 #   make demo                      # or: bash demo/run.sh
 #   ESTIBA_BUILD=0 make demo       # use the images as they are
 #
-# Every step is skipped when its result is there, so a second run takes seconds. Ctrl-C stops the job after its current
-# row group; the next run goes on from there. Results are in runs/demo/output; `rm -r runs/demo` starts anew.
+# Every step is skipped when its result is there, so a second run takes seconds. Ctrl-C stops the job; the next run
+# goes on from what it saved. Results are in runs/demo/output; `rm -r runs/demo` starts anew.
 # Exit status: 0; 1 a step failed; 2 a configuration mistake; 130 or 143 interrupted, run again to resume.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -41,7 +41,7 @@ on_signal() { # NAME STATUS
     [ -z "$asked_to_stop" ] || return 0
     asked_to_stop="$2"
     docker kill --signal "$1" "$CONTAINER" >/dev/null 2>&1 || return 0
-    say "stopping: the job finishes its row group and commits it"
+    say "stopping: the job saves what is finished and ends"
 }
 
 build() {

@@ -17,6 +17,12 @@ case "$BASE" in dlc | public | local) ;; *) echo "build: BASE=$BASE: no such bas
 mode=build
 case "${1:-}" in --wheels | --push) mode="${1#--}"; shift ;; esac
 
+if [ "$mode" = push ] && [ -z "$REGISTRY" ]; then
+    echo "build: REGISTRY is empty, so there is nowhere to push to; make push REGISTRY=ACCOUNT.dkr.ecr.REGION.amazonaws.com" >&2
+    exit 2
+fi
+[ "$*" != base ] || BASE=local   # the stand-in is of that base, whatever the others stand on
+
 # The folder is the registry. The stand-in is not an image of its own: it is a base.
 images="$(printf '%s\n' images/*/Dockerfile | sed 's#^images/##; s#/Dockerfile$##' | grep -vx base | paste -sd, -)"
 VERSION="$(cat VERSION)"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +25,7 @@ from estiba.errors import ConfigError
 ENV_PREFIX = "ESTIBA_"
 RESERVED_ENV = frozenset(
     """ESTIBA_ROOT ESTIBA_WORKLOAD ESTIBA_INSTANCE_TYPE ESTIBA_STOP_GRACE_S ESTIBA_MAX_RUNTIME_S ESTIBA_SPOT_NOTICE
-    ESTIBA_PRICE_USD_PER_H ESTIBA_IMAGE ESTIBA_VERSION ESTIBA_REVISION ESTIBA_LOG_INTERVAL_S""".split()
+    ESTIBA_PRICE_USD_PER_H ESTIBA_IMAGE ESTIBA_VERSION ESTIBA_IMAGE_REVISION ESTIBA_LOG_INTERVAL_S""".split()
 )
 """Variables of the job layer itself; any other ESTIBA_… must be a field."""
 AMBIENT_ENV = frozenset({"COLUMNS", "LINES", "HOME", "USER", "PATH", "PWD", "SHELL", "TERM", "LANG", "HOSTNAME"})
@@ -122,7 +123,7 @@ def _from_environment(cls: type[Config], environ: Mapping[str, str], problems: l
 
 
 def _from_flags(cls: type[Config], argv: Sequence[str], problems: list[str]) -> dict[str, _Given]:
-    parser, items = parser_of(cls), _normalized(argv)
+    parser, items = parser_of(cls, os.environ.get("ESTIBA_WORKLOAD")), _normalized(argv)
     while True:
         try:
             known, rest = parser.parse_known_args(items)
@@ -168,7 +169,7 @@ def parser_of(cls: type[Config], prog: str | None = None) -> argparse.ArgumentPa
             flag_of(name),
             dest=name,
             help=text.replace("%", "%%"),
-            metavar="|".join(choices) if choices else ("[true|false]" if is_switch else name.upper()),
+            metavar="|".join(choices) if choices else ("true|false" if is_switch else name.upper()),
             nargs="?" if is_switch else None,
             const="true" if is_switch else None,
         )

@@ -104,7 +104,6 @@ class Job:
                 f"{config_dir / 'resourceconfig.json'}: current_host is {current_host!r}, which is not one of its "
                 f"hosts {list(hosts)}; the two must agree"
             )
-        checkpoint = _read_object(config_dir / "checkpointconfig.json")
         return cls(
             root=root,
             hyperparameters={
@@ -121,12 +120,19 @@ class Job:
                 or environ.get("SM_CURRENT_INSTANCE_TYPE")
             ),
             name=environ.get("TRAINING_JOB_NAME") or None,
-            checkpoint_dir=_moved(str(checkpoint.get("LocalPath") or f"{DEFAULT_ROOT}/checkpoints"), root),
+            checkpoint_dir=checkpoint_dir(environ),
         )
 
 
 def root_of(environ: Mapping[str, str] = os.environ) -> Path:
     return Path(environ.get("ESTIBA_ROOT") or DEFAULT_ROOT)
+
+
+def checkpoint_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """The directory that the platform keeps: LocalPath of CheckpointConfig, or <root>/checkpoints."""
+    root = root_of(environ)
+    given = _read_object(root / "input/config/checkpointconfig.json").get("LocalPath")
+    return _moved(str(given or f"{DEFAULT_ROOT}/checkpoints"), root)
 
 
 def _moved(path: str, root: Path) -> Path:

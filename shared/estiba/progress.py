@@ -97,8 +97,8 @@ class Progress:
 
 
 def peak_memory_bytes() -> int:
-    """The most this process has held at once."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most this process, or the largest of its ended children, has held at once."""
+    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
 
 
 def _strict(value: Any) -> Any:

@@ -3,8 +3,9 @@
 Batches depend on the token lengths and on the limits, on nothing else, so the same window always gives the same batches
 (and, on a CPU, the same bits): a job that was killed and started again writes what it would have written.
 
-Sorting by exact token length keeps padding near 1% where sorting by characters leaves 43% and no sorting 236%
-(4,000 texts, mean 146 tokens). Longest first, because what does not fit in memory then shows in the first batch.
+Sorting by exact token length keeps padding near 1% over a window of 4,000 rows, 12% over one of 100, where sorting by
+characters leaves 43% and no sorting 236% (4,000 texts, mean 146 tokens). Longest first, because what does not fit in
+memory then shows in the first batch.
 """
 
 from __future__ import annotations

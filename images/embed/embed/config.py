@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from estiba.config import Config
-from estiba.contract import root_of
+from estiba.contract import checkpoint_dir, root_of
 
 
 class EmbedConfig(Config):
@@ -17,8 +17,9 @@ class EmbedConfig(Config):
     """Directory, file or s3:// prefix of parquet files."""
     output_path: str = Field(default_factory=lambda: str(root_of() / "output/data"))
     """Directory or s3:// prefix; each output has its input's relative path. S3 is written directly."""
-    checkpoint_path: str = Field(default_factory=lambda: str(root_of() / "checkpoints"))
-    """Directory or s3:// prefix for finished pieces of work. It outlives a spot host; the output directory does not."""
+    checkpoint_path: str = Field(default_factory=lambda: str(checkpoint_dir()))
+    """Directory or s3:// prefix for finished pieces of work. It outlives a spot host; the output directory does not.
+    The default is the job's CheckpointConfig."""
     no_checkpoint: bool = False
     """Keep no finished work and use none: everything is computed, in one go."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 5

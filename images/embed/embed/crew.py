@@ -6,6 +6,7 @@ import ctypes
 import os
 import queue
 import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -21,6 +22,8 @@ from estiba.stop import Stop, say
 from estiba.store import open_store
 
 _PR_SET_PDEATHSIG = 1
+PATIENCE_S = 30.0
+"""For a worker to save what it is saving; well inside the grace period of a stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,8 @@ class Solo:
     def __init__(self, config: EmbedConfig, model: str, input_location: str, stop: Stop) -> None:
         self._config = config
         self._encoder = stop.unless_stopped(
-            lambda: Encoder(encoder_config(config, model, config.device)), "nothing had been computed yet"
+            lambda: Encoder(encoder_config(config, model, config.device)),
+            "nothing was computed in this attempt, and what earlier ones saved is kept",
         )
         self._source = open_store(input_location)
         self.hello = _hello(self._encoder)
@@ -89,7 +93,7 @@ class Team:
             event = self._next(stop)
             if event is None:
                 self.close()
-                raise stop.interrupted("nothing had been computed yet")
+                raise stop.interrupted("nothing was computed in this attempt, and what earlier ones saved is kept")
             if isinstance(event, Hello):
                 self.hello = event
                 waiting -= 1
@@ -112,8 +116,9 @@ class Team:
 
     def close(self) -> None:
         self._stop.set()
+        deadline = time.monotonic() + PATIENCE_S
         for process in self._processes:
-            process.join(timeout=5)
+            process.join(timeout=max(0.0, deadline - time.monotonic()))
             if process.is_alive():
                 process.kill()
 

@@ -319,13 +319,13 @@ def stretches(
         raise DataError(f"{table.path}: row group {row_group} holds {position} rows where its footer says {expected}")
 
 
-def check_columns(tables: Sequence[Table], column: str) -> tuple[list[Table], list[Bad]]:
-    """Split off the files without a usable text column. Raises ConfigError where no file has one."""
+def check_columns(tables: Sequence[Table], column: str, *, is_all: bool = True) -> tuple[list[Table], list[Bad]]:
+    """Split off the files without a usable text column. Raises ConfigError where no file of the whole input has one."""
     good, bad = [], []
     for table in tables:
         reason = why_not_text(table, column)
         (good.append(table) if reason is None else bad.append(Bad(path=table.path, reason=reason)))
-    if bad and not good:
+    if bad and not good and is_all:
         more = f" (and {len(bad) - 1} more files)" if len(bad) > 1 else ""
         raise ConfigError(f"{bad[0].path}: {bad[0].reason}{more}")
     return good, bad

@@ -11,14 +11,11 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import xxhash
 
 from embed.config import EmbedConfig
 from embed.data import Bad, Table
-from embed.output import Abandoned, Counts, PieceLost, Written, as_json, read_provenance, write_output
+from embed.output import Abandoned, PieceLost, Written, read_provenance, write_output
 from embed.vectors import Coverage, Span, file_key, key_of, span_of, vector_type
 from embed.worker import Broken, Event, Saved, Task
 from estiba.checkpoint import Ledger, Pieces
@@ -129,18 +126,10 @@ class Work:
         found = read_provenance(self.target, table.path)
         if found is None:
             return None
-        says, rows = found
-        if (
-            says.get("output_id") != self.provenance["output_id"]
-            or says.get("source") != table.identity
-            or rows != table.rows
-        ):
-            return None
+        says, counts = found
+        same = says.get("output_id") == self.provenance["output_id"] and says.get("source") == table.identity
         entry = self.target.head(table.path)
-        if entry is None:
-            return None
-        counts = _counts_in(self.target, table.path, self.config)
-        if counts is None:
+        if entry is None or not same or counts.get("rows") != table.rows:
             return None
         return Written(
             path=table.path,
@@ -333,17 +322,3 @@ class Work:
             done = sum(1 for item in self.files.values() if item.written is not None)
             return f"{done} of {len(self.files)} files are complete; nothing else was kept (--no-checkpoint)"
         return f"{self.rows_done} of {self.rows_total} rows are saved in {self.pieces.store.url}"
-
-
-def _counts_in(target: Store, path: str, config: EmbedConfig) -> dict[str, Any] | None:
-    """Statuses counted from an output file; the tokens of an earlier attempt are not known."""
-    counts = Counts()
-    try:
-        with target.open(path) as file:
-            for batch in pq.ParquetFile(file).iter_batches(columns=[config.status_column]):
-                counts.rows += batch.num_rows
-                for item in pc.value_counts(batch.column(0)).to_pylist():
-                    counts.statuses[item["values"]] += item["counts"]
-    except (OSError, pa.ArrowException, StoreError):
-        return None
-    return as_json(counts)

@@ -22,6 +22,7 @@ from estiba.errors import ConfigError, StoreError
 from estiba.store import Store
 
 METADATA_KEY = b"estiba"
+COUNTS_KEY = "estiba.counts"
 GROUP_BYTES = 64 * 2**20
 """Decoded bytes held before a row group of the output is closed, whatever the input's size."""
 TOKENS_COLUMN = "tokens_aproximados"
@@ -63,7 +64,7 @@ class Written:
     counts: dict[str, Any]
 
 
-def check_names(tables: Sequence[Table], config: EmbedConfig) -> tuple[list[Table], list[Bad]]:
+def check_names(tables: Sequence[Table], config: EmbedConfig, *, is_all: bool = True) -> tuple[list[Table], list[Bad]]:
     """Refuse what cannot be written: added names that exist, columns to keep that do not."""
     added = [config.embedding_column, config.status_column]
     added += ["n_tokens"] * config.n_tokens + ["truncated"] * config.truncated
@@ -89,7 +90,7 @@ def check_names(tables: Sequence[Table], config: EmbedConfig) -> tuple[list[Tabl
             good.append(table)
             continue
         bad.append(Bad(path=table.path, reason=reason))
-    if bad and not good:
+    if bad and not good and is_all:
         raise ConfigError(f"{bad[0].path}: {bad[0].reason}")
     return good, bad
 
@@ -131,6 +132,7 @@ def write_output(
                         held, held_bytes = [], 0
                 if held:
                     writer.write_table(pa.Table.from_batches(held, schema))
+            writer.add_key_value_metadata({COUNTS_KEY: json.dumps(as_json(counts), sort_keys=True)})
     if counts.rows != table.rows:
         raise StoreError(f"{table.path}: {counts.rows} rows written of {table.rows}; the input changed under the job")
     entry = target.head(table.path)
@@ -149,14 +151,15 @@ def write_output(
     )
 
 
-def read_provenance(target: Store, path: str) -> tuple[dict[str, Any], int] | None:
-    """What an existing output says of itself, and its rows; None where there is none or it cannot be read."""
+def read_provenance(target: Store, path: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """What an existing output says of itself, and its counts; None where there is none or it cannot be read."""
     try:
         if target.head(path) is None:
             return None
         with target.open(path) as file:
             metadata = pq.read_metadata(file)
-            return json.loads((metadata.metadata or {})[METADATA_KEY]), metadata.num_rows
+            said = metadata.metadata or {}
+            return json.loads(said[METADATA_KEY]), json.loads(said[COUNTS_KEY.encode()])
     except (KeyError, ValueError, OSError, pa.ArrowException, StoreError):
         return None
 

@@ -41,11 +41,16 @@ def embed(config: EmbedConfig, job: Job, stop: Stop) -> None:
     """Run the job. Raises EstibaError: Interrupted when asked to stop, DataError when a bad file should fail it."""
     started = time.monotonic()
     check_places(config)
-    source, tables, bad, ignored = stop.unless_stopped(lambda: take_stock(config, job), "nothing had been computed yet")
+    source, tables, bad, ignored = stop.unless_stopped(
+        lambda: take_stock(config, job), "nothing was computed in this attempt, and what earlier ones saved is kept"
+    )
     target = open_store(config.output_path)
     check_writable(target, "--output-path")
     with saved_work(config, job) as saved:
-        model = stop.unless_stopped(lambda: _local_model(config.model), "nothing had been computed yet")
+        model = stop.unless_stopped(
+            lambda: _local_model(config.model, config.revision),
+            "nothing was computed in this attempt, and what earlier ones saved is kept",
+        )
         crew = gather(config, model, source.url, stop)
         loaded = time.monotonic()
         try:
@@ -104,9 +109,10 @@ def take_stock(config: EmbedConfig, job: Job) -> tuple[Store, list[Table], list[
         looks = list(pool.map(lambda item: inspect(source, item), sources))
     bad = [look for look in looks if isinstance(look, Bad)]
     tables = [look for look in looks if isinstance(look, Table)]
-    for check in (lambda found: check_columns(found, config.text_column), lambda found: check_names(found, config)):
-        tables, more = check(tables)
-        bad += more
+    is_all = job.host_count == 1  # one host of several may have drawn the odd files
+    tables, without_text = check_columns(tables, config.text_column, is_all=is_all)
+    tables, clashing = check_names(tables, config, is_all=is_all)
+    bad += without_text + clashing
     for item in bad:
         say(f"bad file: {item.path}: {item.reason}")
     return source, tables, sorted(bad, key=lambda item: item.path), ignored
@@ -139,8 +145,10 @@ def saved_work(config: EmbedConfig, job: Job) -> Iterator[Store]:
         yield store
 
 
-def _local_model(model: str) -> str:
+def _local_model(model: str, revision: str | None) -> str:
     """A model on S3 is copied here first; anything else is the encoder's business."""
+    if revision is not None and ("://" in model or Path(model).is_dir()):
+        raise ConfigError(f"--revision {revision} is of models on the hub, and {model} is a place; leave it out")
     if not model.startswith(("s3://", "file://")):
         return model
     folder = Path(tempfile.gettempdir()) / f"estiba-model-{xxhash.xxh3_64_hexdigest(model.encode())}"

@@ -99,15 +99,16 @@ def work_through(
     saver = _Saver(pieces, config.embedding_dtype, emit)
     reader = _Reader(tasks, encoder, source, config, emit, should_stop)
     try:
-        path = None
+        path, was_whole = None, False
         for item in reader:
             if should_stop():
                 break
             if path not in (None, item.table.path):
                 encoder.trim()
             path = item.table.path
-            if item.is_whole_row_group:
+            if item.is_whole_row_group or was_whole:
                 saver.wait()
+            was_whole = item.is_whole_row_group
             try:
                 encoded = encoder.encode(item.window, should_stop)
             except Stopped:

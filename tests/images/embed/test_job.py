@@ -423,3 +423,18 @@ def test_columns_of_every_kind_pass_through_unchanged(place, inputs, tiny_model)
     assert out.schema.metadata[b"otro"] == "ñ".encode() and b"pandas" in out.schema.metadata
     for name in expected.schema.names:
         assert out.schema.field(name).type == expected.schema.field(name).type
+
+
+def test_work_is_saved_where_the_checkpoint_config_says(place, inputs, tiny_model):
+    write(inputs / "a.parquet", ["hola"])
+    (place / "input/config").mkdir()
+    (place / "input/config/checkpointconfig.json").write_text('{"LocalPath": "/opt/ml/otro"}')
+    run(tiny_model)
+    assert list((place / "otro").rglob("*.piece")) and not (place / "checkpoints").exists()
+    assert EmbedConfig().checkpoint_path == str(place / "otro")
+
+
+def test_a_revision_of_a_directory_is_refused(place, inputs, tiny_model):
+    write(inputs / "a.parquet", ["hola"])
+    with pytest.raises(ConfigError, match="--revision"):
+        run(tiny_model, revision="main")
