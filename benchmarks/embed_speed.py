@@ -75,7 +75,7 @@ def main() -> int:
     )
     found = json.loads(next(line for line in log.stdout.splitlines() if line.startswith("FOUND ")).split(" ", 1)[1])
     print(
-        f"{found['rows']} rows, {found['tokens']} tokens: {found['ratio']:.2f} x the speed of SentenceTransformer.encode "
+        f"{found['rows']} rows, {found['tokens']} tokens: {found['ratio']:.2f} x as fast as SentenceTransformer.encode "
         f"({found['tokens_per_s']:.0f} tokens/s), cosine at least {found['cosine_min']:.6f}"
     )
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
