@@ -22,7 +22,7 @@ compose: env ## the demo's job over a local S3 server, input and output on s3://
 train/%: env ## run images/NAME/job.yaml with the launcher (TARGET=local, ssh://user@host or sagemaker; ARGS=--yes)
 	@.venv/bin/estiba run images/$*/job.yaml --target $(or $(TARGET),local) $(ARGS)
 drill: env ## rehearse spot interruptions on one image and count the lost work (IMAGE=embed)
-	@.venv/bin/estiba drill images/$(or $(IMAGE),embed)/job.yaml
+	@bash scripts/drill.sh $(or $(IMAGE),embed) $(ARGS)
 
 ## Build
 engine: ## a Docker engine with buildx and compose v2, installed if there is none

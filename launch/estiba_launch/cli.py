@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -147,12 +148,22 @@ def refresh_command(
 @app.command("doctor")
 @command
 def doctor_command(
+    job: Annotated[Path | None, typer.Argument(metavar="[JOB]", help="Job file to be ready for.")] = None,
+    set_: Settings = None,
+    role: Annotated[str | None, typer.Option("--role", metavar="NAME|ARN", help="Role to look at.")] = None,
+    region: Region = None,
     as_json: AsJson = False,
     offline: Annotated[bool, typer.Option("--offline", help="Leave out checks that ask another machine.")] = False,
 ) -> None:
-    """Check this machine: docker, GPU driver, disk, ssh, AWS login, region and clock."""
+    """Check this machine: docker, GPU driver, disk, ssh, AWS login, region and clock.
+
+    With JOB also its image and CUDA, its role and the account's quota for its instances. Exit 1 when a check fails.
+    """
+    subject = checks.Subject(role=role, region=region)
+    if job:
+        subject = checks.subject_of(job, parse_settings(set_ or []), role, region)
     found = []
-    for check in checks.run(network=not offline):
+    for check in checks.run(subject, network=not offline):
         found.append(check)
         if not as_json:
             print(f"{check.status:<8} {check.name:<16} {check.seen}", flush=True)
@@ -160,7 +171,7 @@ def doctor_command(
                 print(f"{'':<8} {'':<16} -> {check.remedy}", flush=True)
     if as_json:
         show_json([check.to_json() for check in found])
-    if checks.worst(found) == "error":
+    if checks.worst(found) == "fail":
         raise typer.Exit(EXIT_JOB_FAILED)
 
 

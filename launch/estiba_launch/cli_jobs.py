@@ -52,6 +52,9 @@ SyncEvery = Annotated[float, typer.Option("--sync-every-s", min=0.05, help="Seco
 Fallback = Annotated[
     str | None, typer.Option("--fallback", metavar="local", help="Run here when AWS cannot be reached or refuses.")
 ]
+AccountJobs = Annotated[
+    str | None, typer.Option("--target", metavar="sagemaker", help="Ask AWS for jobs that were started elsewhere too.")
+]
 Role = Annotated[
     str | None, typer.Option("--role", metavar="NAME|ARN", help="SageMaker: the role the job takes; fills ROLE_ARN.")
 ]
@@ -186,6 +189,13 @@ def chosen(name: str | None) -> str:
     return known[-1]
 
 
+def account_wide(target: str | None) -> bool:
+    """Whether AWS is to be asked for jobs of the account. Raises LaunchError for other targets."""
+    if target not in (None, "sagemaker"):
+        raise LaunchError(f"--target {target!r}: only sagemaker knows jobs that were started elsewhere")
+    return target is not None
+
+
 def local_only(name: str | None, what: str) -> str:
     """`chosen(name)`. Raises LaunchError when that job is not on this machine."""
     picked = chosen(name)
@@ -226,8 +236,15 @@ def summary(value: dict[str, Any]) -> str:
 
 
 @command
-def status(name: JobName = None, as_json: AsJson = False) -> None:
-    """Show a job as DescribeTrainingJob would, attempts included."""
+def status(name: JobName = None, as_json: AsJson = False, target: AccountJobs = None, region: Region = None) -> None:
+    """Show a job as DescribeTrainingJob would, attempts included.
+
+    With --target sagemaker a job that was started elsewhere becomes known here, to logs, stop and fetch too.
+    """
+    if name is not None and account_wide(target) and name not in state.job_names():
+        from .sagemaker import jobs as sagemaker_jobs
+
+        sagemaker_jobs.adopt(name, region)
     picked = chosen(name)
     value = backends.of(picked).describe(picked)
     if as_json:
@@ -285,8 +302,18 @@ def interrupt(
 
 
 @command
-def list_jobs(as_json: AsJson = False) -> None:
-    """List the jobs of this machine, oldest first."""
+def list_jobs(as_json: AsJson = False, target: AccountJobs = None, region: Region = None) -> None:
+    """List the jobs started from this machine, oldest first; with --target sagemaker, all of the account's latest."""
+    if account_wide(target):
+        from .sagemaker import jobs as sagemaker_jobs
+
+        found = sagemaker_jobs.account_jobs(region)
+        if as_json:
+            show_json(found)
+            return
+        for one in reversed(found):
+            print(f"{one['TrainingJobName']:<63} {one['TrainingJobStatus']:<20} {one['CreationTime']}")
+        return
     values = [backends.of(name).describe(name) for name in state.job_names()]
     if as_json:
         show_json(values)
@@ -296,9 +323,8 @@ def list_jobs(as_json: AsJson = False) -> None:
         attempts = len(value["Estiba"]["Attempts"])
         where = value["Estiba"].get("Target", "local")
         unsure = "?" if value["Estiba"].get("Unreachable") else ""
-        print(
-            f"{value['TrainingJobName']:<63} {shown + unsure:<20} {attempts:>3} attempts  {value['CreationTime']}  {where}"
-        )
+        when = f"{attempts:>3} attempts  {value['CreationTime']}"
+        print(f"{value['TrainingJobName']:<63} {shown + unsure:<20} {when}  {where}")
 
 
 @command

@@ -103,7 +103,7 @@ def _from_environment(cls: type[Config], environ: Mapping[str, str], problems: l
     for name in cls.model_fields:
         upper = name.upper()
         candidates = [ENV_PREFIX + upper, f"SM_HP_{upper}", f"SM_HP_{upper.replace('_', '-')}"]
-        if candidates[0] in RESERVED_ENV:  # the image's own ESTIBA_REVISION is not the revision of a model
+        if candidates[0] in RESERVED_ENV:  # the image's own ESTIBA_VERSION is no workload's version
             del candidates[0]
         if upper not in AMBIENT_ENV:
             candidates.append(upper)
@@ -138,7 +138,9 @@ def _from_flags(cls: type[Config], argv: Sequence[str], problems: list[str]) -> 
     stray = [item for item in rest if not item.startswith("-")]
     if stray and not any(item.startswith("-") for item in rest):
         problems.append(f"argument {stray[0]!r} belongs to no flag; write --name value")
-    return {name: _Given(value, f"flag {flag_of(name)}") for name, value in vars(known).items()}
+    # argparse takes the two dashes out of --prompt=-- and leaves nothing in their place.
+    values = {name: "--" if value == [] else value for name, value in vars(known).items()}
+    return {name: _Given(value, f"flag {flag_of(name)}") for name, value in values.items()}
 
 
 def _valueless(items: Sequence[str], flag: str | None) -> int | None:

@@ -37,7 +37,17 @@ RESERVE_S = 4.0
 """Kept of the grace period for killing what is left and writing why."""
 SHELLS = frozenset({"sh", "bash", "dash", "ash", "zsh", "ksh", "busybox"})
 TAIL_BYTES = 16_384
-_TOOLKIT = "from sagemaker_training.cli.train import main; main()"
+_TOOLKIT = """
+import os
+from sagemaker_training import environment, files
+place = os.environ.get("SAGEMAKER_SUBMIT_DIRECTORY")
+if place:
+    files.download_and_extract(place, environment.code_dir)
+from sagemaker_training.cli.train import main
+main()
+"""
+# The toolkit reads the code's place from the hyperparameters alone, where one of AWS's SDKs puts it; the other one sets
+# the variable. It fetches only into an empty folder, so that nothing is fetched twice.
 _PR_SET_CHILD_SUBREAPER = 36
 
 

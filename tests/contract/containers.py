@@ -163,8 +163,8 @@ class Running:
         """`docker kill -s NAME`."""
         self.container.kill(signal=name)
 
-    def stop(self, timeout_s: int = 120) -> float:
-        """`docker stop -t`, as SageMaker does. Returns the seconds it took."""
+    def stop(self, timeout_s: int = 30) -> float:
+        """`docker stop -t`, as SageMaker does with 120. Returns the seconds it took."""
         started = time.monotonic()
         self.container.stop(timeout=timeout_s)
         return time.monotonic() - started

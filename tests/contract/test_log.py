@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
 from contract.checks import assert_same, results_of, tree_of
-from contract.containers import Ended, Image
+from contract.containers import Ended, Image, together
 from contract.workloads import Prepared
 
 ALARMING = re.compile(r"warning|deprecat|traceback|exception|\berror\b", re.IGNORECASE)
+
+COLUMNS = (100, 0)
+"""0 is what `docker run -t` has when its own output is no terminal, and compose's `tty: true`."""
 
 
 def test_a_healthy_run_says_nothing_alarming(plain: Ended) -> None:
@@ -32,15 +35,29 @@ def test_off_a_terminal_the_log_is_plain_lines(plain: Ended) -> None:
     assert max(len(line) for line in plain.log.splitlines()) < 1000
 
 
-@pytest.mark.parametrize("columns", [100, 0])
+@pytest.fixture(scope="session")
+def on_terminals(image: Image, prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Ended]:
+    """The quick job on a terminal, by its width."""
+
+    def call(columns: int) -> Callable[[], Ended]:
+        tree = tree_of(prepared.quick, tmp_path_factory.mktemp(f"terminal-{image.name}"))
+
+        def run() -> Ended:
+            running = image.start(tree=tree, tty=True)
+            if columns:
+                running.container.resize(height=40, width=columns)
+            return running.end()
+
+        return run
+
+    return dict(zip(COLUMNS, together(*map(call, COLUMNS)), strict=True))
+
+
+@pytest.mark.parametrize("columns", COLUMNS)
 def test_on_a_terminal_there_is_a_progress_bar(
-    columns: int, image: Image, prepared: Prepared, plain: Ended, tmp_path: Path
+    columns: int, on_terminals: dict[int, Ended], plain: Ended, prepared: Prepared
 ) -> None:
-    """0 columns is what `docker run -t` has when its own output is no terminal, and compose's `tty: true`."""
-    running = image.start(tree=tree_of(prepared.quick, tmp_path), tty=True)
-    if columns:
-        running.container.resize(height=40, width=columns)
-    ended = running.end()
+    ended = on_terminals[columns]
     assert ended.code == 0, ended.log
     assert re.search(r"\r[^\n]*100%", ended.log), ended.log
     assert_same(results_of(ended, prepared.ignore), results_of(plain, prepared.ignore))

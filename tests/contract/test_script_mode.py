@@ -15,6 +15,7 @@ from contract.containers import Ended, Image, Running, Tree
 
 SOON_S = 15.0
 RESOURCES = {"current_host": "algo-1", "hosts": ["algo-1"], "network_interface_name": "eth0"}
+KINDS = ["py", "sh"]
 FLAGS = ["--epochs", "3", "--nombre", "barco azul"]
 
 TELLS_PY = """
@@ -70,7 +71,7 @@ def told(tree: Tree) -> dict[str, Any]:
     return value
 
 
-@pytest.mark.parametrize(("script", "text"), [("train.py", TELLS_PY), ("train.sh", TELLS_SH)])
+@pytest.mark.parametrize(("script", "text"), [("train.py", TELLS_PY), ("train.sh", TELLS_SH)], ids=KINDS)
 def test_hyperparameters_become_the_scripts_flags(script: str, text: str, image: Image, tree: Tree) -> None:
     ended = start(image, tree, script, text, epochs=3, nombre="barco azul").end()
     assert ended.code == 0, ended.log
@@ -78,7 +79,7 @@ def test_hyperparameters_become_the_scripts_flags(script: str, text: str, image:
     assert tree.failure is None
 
 
-@pytest.mark.parametrize("encode", [json.dumps, str])
+@pytest.mark.parametrize("encode", [json.dumps, str], ids=["json", "plain"])
 def test_the_script_can_be_named_by_a_hyperparameter(encode: Any, image: Image, tree: Tree) -> None:
     """As AWS's SDKs send it; what begins with sagemaker_ is theirs, not the script's."""
     put(tree, "train.py", TELLS_PY)
@@ -108,7 +109,9 @@ def test_the_script_can_come_in_an_archive(image: Image, tree: Tree, tmp_path: P
     assert told(tree) == {"argv": FLAGS, "epochs": "3"}
 
 
-@pytest.mark.parametrize(("script", "text"), [("train.py", "raise SystemExit(7)"), ("train.sh", "#!/bin/sh\nexit 7\n")])
+@pytest.mark.parametrize(
+    ("script", "text"), [("train.py", "raise SystemExit(7)"), ("train.sh", "#!/bin/sh\nexit 7\n")], ids=KINDS
+)
 def test_the_scripts_exit_status_survives(script: str, text: str, image: Image, tree: Tree) -> None:
     ended = start(image, tree, script, text).end()
     assert ended.code == 7, ended.log
@@ -123,7 +126,7 @@ def test_the_scripts_exception_is_the_first_line_of_the_failure_file(image: Imag
     assert tree.failure.splitlines()[0] == "ValueError: no hay datos en el puerto"
 
 
-@pytest.mark.parametrize(("script", "text"), [("train.py", SAVES_PY), ("train.sh", SAVES_SH)])
+@pytest.mark.parametrize(("script", "text"), [("train.py", SAVES_PY), ("train.sh", SAVES_SH)], ids=KINDS)
 @pytest.mark.parametrize("code", [0, 5])
 def test_docker_stop_lets_the_script_save_and_its_exit_status_counts(
     code: int, script: str, text: str, image: Image, tree: Tree

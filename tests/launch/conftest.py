@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,37 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert text == path.read_text("utf-8"), "differs; if that is meant, run with --update-golden and read the diff"
 
     return compare
+
+
+EMBED_IMAGE = os.environ.get("ESTIBA_TEST_EMBED_IMAGE", "estiba/embed:local")
+
+
+@pytest.fixture(scope="session")
+def embed_image() -> str:
+    """The embed image; the tests that need it are skipped where it is not."""
+    import docker
+
+    try:
+        docker.from_env(timeout=10).images.get(EMBED_IMAGE)
+    except docker.errors.ImageNotFound:
+        pytest.skip(f"no image {EMBED_IMAGE}; run `make build/embed BASE=local`")
+    except Exception as error:
+        pytest.skip(f"no docker engine ({error}); run `make engine`")
+    return EMBED_IMAGE
+
+
+@pytest.fixture(scope="session")
+def tiny_model(embed_image: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a real model of one layer, made inside the embed image."""
+    folder = tmp_path_factory.mktemp("tiny")
+    folder.chmod(0o777)
+    tests = Path(__file__).parents[1] / "images" / "embed"
+    code = "import pathlib, tiny_model; tiny_model.build(pathlib.Path('/made/model'))"
+    words = ["docker", "run", "--rm", "--network", "none", "--env", "PYTHONPATH=/tests", "--env", "HF_HUB_OFFLINE=1"]
+    words += ["--volume", f"{tests}:/tests:ro", "--volume", f"{folder}:/made", "--entrypoint", "python"]
+    made = subprocess.run([*words, embed_image, "-c", code], capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr[-2000:]
+    return folder / "model"
 
 
 def dumps(value: Any) -> str:

@@ -89,7 +89,7 @@ def test_doctor_says_what_to_do_about_an_engine_that_is_not_there(monkeypatch):
     result = call("doctor", "--offline", "--json")
     assert result.exit_code == 1
     by_name = {check["name"]: check for check in json.loads(result.stdout)}
-    assert by_name["docker"]["status"] == "error"
+    assert by_name["docker"]["status"] == "fail"
     assert "make engine" in by_name["docker"]["remedy"]
 
 

@@ -202,6 +202,7 @@ def test_a_list_of_numbers_is_numbers() -> None:
 def test_a_value_may_begin_with_a_dash() -> None:
     assert sample("--prompt=-x").prompt == "-x"
     assert sample("--prompt=--text-column").prompt == "--text-column"
+    assert sample("--prompt=--", "--text-column=a").prompt == "--"
     assert sample("--prompt", "- a list item").prompt == "- a list item"
     assert sample("--learning-rate", "-1").learning_rate == -1
     [message] = mistakes("--prompt", "-x", "--verbose")[:1]
@@ -272,13 +273,13 @@ def test_variables_of_others_and_of_the_job_layer_are_no_mistakes() -> None:
 
 
 def test_a_variable_of_the_job_layer_is_never_a_field_of_the_same_name() -> None:
-    class Revised(Config):
-        revision: str | None = None
+    class Versioned(Config):
+        version: str | None = None
 
-    images_own = {"ESTIBA_REVISION": "1998f8e22e6a"}
-    assert sample(env=images_own, cls=Revised).revision is None
-    assert sample(env=images_own, hyper={"revision": "main"}, cls=Revised).revision == "main"
-    assert sample(env={**images_own, "SM_HP_REVISION": "v2"}, cls=Revised).revision == "v2"
+    images_own = {"ESTIBA_VERSION": "0.1.0"}
+    assert sample(env=images_own, cls=Versioned).version is None
+    assert sample(env=images_own, hyper={"version": "v1"}, cls=Versioned).version == "v1"
+    assert sample(env={**images_own, "SM_HP_VERSION": "v2"}, cls=Versioned).version == "v2"
 
 
 def test_hyperparameters_of_sagemaker_itself_are_ignored() -> None:
@@ -396,7 +397,7 @@ def plain(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(settings_of, st.booleans())
 def test_the_same_values_by_any_route_give_the_same_configuration(values: dict[str, Any], dashes: bool) -> None:
     expected = Sample(**values)

@@ -306,15 +306,16 @@ class Work:
 
     # --- words -------------------------------------------------------------------------------------------------
 
-    def summary(self, ignored: list[str], model: str) -> str:
+    def summary(self, ignored: list[str], has_past: bool, model: str) -> str:
         already = sum(1 for item in self.files.values() if item.state is State.ALREADY)
         parts = [f"{len(self.files)} files, {self.rows_total} rows; {model}"]
         if ignored:
             parts.append(f"{len(ignored)} hidden files ignored")
         if already:
             parts.append(f"{already} files already complete")
-        if resumed := self.rows_done - sum(i.table.rows for i in self.files.values() if i.state is State.ALREADY):
-            parts.append(f"resuming: {resumed} rows of unfinished files are saved")
+        complete = sum(item.table.rows for item in self.files.values() if item.state is State.ALREADY)
+        if has_past:  # said of nothing, too: whoever counts lost work must know that there was none
+            parts.append(f"resuming: {self.rows_done - complete} rows of unfinished files are saved")
         return "; ".join(parts)
 
     def what_is_safe(self) -> str:

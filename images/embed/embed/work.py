@@ -46,7 +46,7 @@ def embed(config: EmbedConfig, job: Job, stop: Stop) -> None:
     )
     target = open_store(config.output_path)
     check_writable(target, "--output-path")
-    with saved_work(config, job) as saved:
+    with saved_work(config, job) as (saved, has_past):
         model = stop.unless_stopped(
             lambda: _local_model(config.model, config.revision),
             "nothing was computed in this attempt, and what earlier ones saved is kept",
@@ -55,7 +55,11 @@ def embed(config: EmbedConfig, job: Job, stop: Stop) -> None:
         loaded = time.monotonic()
         try:
             work = open_work(config, job, crew.hello, source, target, saved, tables, bad)
-            say(work.summary(ignored, f"{crew.hello.dimensions} dimensions, {crew.hello.dtype} on {crew.hello.device}"))
+            say(
+                work.summary(
+                    ignored, has_past, f"{crew.hello.dimensions} dimensions, {crew.hello.dtype} on {crew.hello.device}"
+                )
+            )
             compute(work, crew, job, stop)
         finally:
             crew.close()
@@ -133,16 +137,20 @@ def check_writable(store: Store, flag: str) -> None:
 
 
 @contextlib.contextmanager
-def saved_work(config: EmbedConfig, job: Job) -> Iterator[Store]:
-    """The store that finished pieces go to; with --no-checkpoint one that ends with the job."""
+def saved_work(config: EmbedConfig, job: Job) -> Iterator[tuple[Store, bool]]:
+    """The store that finished pieces go to, and whether an earlier attempt was there.
+
+    With --no-checkpoint it is one that ends with the job.
+    """
     if config.no_checkpoint:
         with tempfile.TemporaryDirectory(prefix="estiba-embed-") as folder:
-            yield FileStore(Path(folder))
+            yield FileStore(Path(folder)), False
         return
     store = open_store(config.checkpoint_path)
     check_writable(store, "--checkpoint-path, or --no-checkpoint to do without")
+    has_past = bool(store.list())
     with exclusive(store, f"embed-{job.current_host}"):
-        yield store
+        yield store, has_past
 
 
 def _local_model(model: str, revision: str | None) -> str:

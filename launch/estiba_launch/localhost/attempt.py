@@ -18,7 +18,7 @@ from . import channels, control, interruption
 from .control import LocalOptions
 from .engine import End, Engine, EngineGone
 from .logs import JobLog, Metrics, Pump
-from .record import Record, now_text
+from .record import Record, disk_is_full, now_text
 from .store import open_store
 from .sync import CheckpointSync
 
@@ -95,7 +95,8 @@ class Attempt:
     # ---- before the start
 
     def begin(self) -> None:
-        """Prepare and start every host. Raises HostError."""
+        """Prepare and start every host. Raises HostError; calling again is safe once `clear` was called."""
+        self.runs = []
         self.record.to("Downloading", "Downloading input data")
         placed = {
             host.name: [
@@ -299,7 +300,11 @@ class Attempt:
         where = f" on {run.host.name}" if len(self.runs) > 1 else ""
         if end.out_of_memory:
             return f"OutOfMemory: the container was killed at its memory limit{where}; give it more (--memory)"
-        return f"AlgorithmError: exit code {end.exit_code}{where}; /opt/ml/output/failure was not written, see the log"
+        full = f" (the disk of {run.root} is full: make room there)" if disk_is_full(run.root) else ""
+        return (
+            f"AlgorithmError: exit code {end.exit_code}{where}{full}; "
+            "/opt/ml/output/failure was not written, see the log"
+        )
 
     # ---- beside it
 

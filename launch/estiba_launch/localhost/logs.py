@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import re
 import threading
@@ -27,7 +28,9 @@ class JobLog:
     def mark(self, text: str) -> None:
         """A line of Estiba's own, between the job's."""
         stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        self._write(f"--- {text} · {stamp} ---\n")
+        # A disk that is full must not end the job for the sake of its diary.
+        with contextlib.suppress(OSError):
+            self._write(f"--- {text} · {stamp} ---\n")
 
     def line(self, host: str, text: str) -> None:
         self._write(f"[{host}] {text}\n" if self._many else f"{text}\n")

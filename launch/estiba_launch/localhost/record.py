@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import errno
+import os
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,10 @@ from ..contract import job_arn
 from ..state import read_json, write_json
 
 RECORD = "describe.json"
+RESERVE = "reserve"
+RESERVE_BYTES = 256 << 10
+"""Held back on the job's disk, so that a job that fills it can still be told of."""
+FULL_BYTES = 1 << 20
 TERMINAL = ("Completed", "Failed", "Stopped")
 FAILURE_CHARS = 1024
 
@@ -35,6 +42,13 @@ MAIN_STATUS = {
 def now_text() -> str:
     """This moment, UTC: 2026-09-27T12:30:05.123Z."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def disk_is_full(path: Path) -> bool:
+    try:
+        return shutil.disk_usage(path).free < FULL_BYTES
+    except OSError:
+        return False
 
 
 def seconds_between(start: str, end: str) -> float:
@@ -68,6 +82,7 @@ class Record:
         }
         record = cls(job_dir, value)
         record.save()
+        record.reserve()
         return record
 
     @classmethod
@@ -83,9 +98,20 @@ class Record:
         attempts: list[dict[str, Any]] = self.value["Estiba"]["Attempts"]
         return attempts
 
+    def reserve(self) -> None:
+        """Hold back a little room for later."""
+        (self.path.parent / RESERVE).write_bytes(os.urandom(RESERVE_BYTES))
+
     def save(self) -> None:
         with self._lock:
-            write_json(self.path, self.value)
+            try:
+                write_json(self.path, self.value)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                # Once: what was held back is for this.
+                (self.path.parent / RESERVE).unlink(missing_ok=True)
+                write_json(self.path, self.value)
 
     def to(self, secondary: str, message: str) -> None:
         """Enter a secondary status; the one before ends now."""

@@ -23,6 +23,7 @@ from .logs import JobLog, Metrics
 from .record import TERMINAL, Record
 
 UPLOAD_PATIENCE_S = 600.0
+START_PATIENCE_S = 600.0
 RESTART_PAUSE_S = 1.0
 
 
@@ -98,15 +99,28 @@ class Supervisor:
         )
 
     def _fresh(self, attempt: Attempt) -> Result:
-        """Start the attempt's hosts and watch them. What cannot be started is the job's mistake, not the host's."""
-        try:
-            attempt.begin()
-        except EngineGone as error:
-            return attempt.lost(str(error))
-        except HostError as error:
-            attempt.clear()
-            return attempt.failed(f"ClientError: {error}")
-        return attempt.watch()
+        """Start the attempt's hosts and watch them. What cannot be started is the job's mistake, not the host's.
+
+        A job that ran before was no mistake: what is in the way now is waited for, so that a store that is away for a
+        minute costs a minute.
+        """
+        started = time.monotonic()
+        pause_s = 1.0
+        while True:
+            try:
+                attempt.begin()
+                return attempt.watch()
+            except EngineGone as error:
+                return attempt.lost(str(error))
+            except HostError as error:
+                attempt.clear()
+                patience_s = START_PATIENCE_S if attempt.number > 1 else 0.0
+                stopped = control.stop_ordered(self.job_dir) is not None or self._deadline()[0] <= 0
+                if stopped or time.monotonic() - started >= patience_s:
+                    return attempt.failed(f"ClientError: {error}")
+                self.log.mark(f"attempt {attempt.number} cannot start, again in {pause_s:.0f} s: {error}")
+                time.sleep(pause_s)
+                pause_s = min(pause_s * 2, 30.0)
 
     def _adopted(self, attempt: Attempt) -> Result:
         """Go on with an attempt whose supervisor died."""

@@ -66,6 +66,7 @@ def look() -> dict[str, tuple[int, int]]:
 
 def sync() -> None:
     sent = look()
+    print("ready", file=sys.stderr, flush=True)
     while True:
         last = stop.wait(EVERY_S)
         try:

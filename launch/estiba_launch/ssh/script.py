@@ -27,6 +27,7 @@ PASSED_ON = (
     "AWS_DEFAULT_REGION",
     "AWS_ENDPOINT_URL",
     "AWS_ENDPOINT_URL_S3",
+    "AWS_ALLOW_HTTP",
 )
 """What of the environment here a job on the box is given."""
 
@@ -46,6 +47,22 @@ def uses_s3(job: JobFile) -> bool:
     """Whether the box itself reads or writes S3 for the job."""
     checkpoint = job.request.get("CheckpointConfig", {}).get("S3Uri", "")
     return checkpoint.startswith("s3://") or any(c.uri.startswith("s3://") for c in contract.channels(job.request))
+
+
+def needs_s3(request: Mapping[str, Any]) -> bool:
+    """Whether the job or the box may read or write S3, so must be given credentials.
+
+    Where results go does not count: on a box they wait to be fetched.
+    """
+    return _names_s3({name: part for name, part in request.items() if name != "OutputDataConfig"})
+
+
+def _names_s3(node: Any) -> bool:
+    if isinstance(node, Mapping):
+        return any(_names_s3(value) for value in node.values())
+    if isinstance(node, list):
+        return any(_names_s3(value) for value in node)
+    return isinstance(node, str) and "s3://" in node
 
 
 def s3_tool() -> str:
@@ -86,11 +103,16 @@ def _start(job: JobFile, options: HostOptions) -> Iterator[str]:
         yield 'mkdir -p "$work/checkpoints"'
     if in_s3:
         yield _s3_words(image, "checkpoints", ["get", store])
-    if in_s3:
-        # Before the hosts: what it finds now is what was restored.
+        # Ready before the hosts start, so that what it finds then is what was restored.
         words = ["docker", "run", "--detach", "--name", f"{job.name}-sync", "--restart", "no", "--stop-timeout", "600"]
         yield "printf '%s\\n' \"$env\" | " + " ".join(
             [shlex.join(words), _s3_mounts("checkpoints"), shlex.join([image, "/s3.py", "sync", store]), ">/dev/null"]
+        )
+        yield (
+            f"until docker logs {job.name}-sync 2>&1 | grep -q ready; do\n"
+            f"  [ \"$(docker inspect --format '{{{{.State.Running}}}}' {job.name}-sync)\" = true ] || "
+            f"{{ docker logs {job.name}-sync >&2; exit 1; }}\n"
+            "  sleep 0.5\ndone"
         )
     for host in cluster:
         root = f"$work/{host.name}"
@@ -212,11 +234,13 @@ def ssh_script(job: JobFile, options: HostOptions) -> str:
         source = contract.file_path(checkpoint)
         shown = shlex.quote(str(source))
         lines.append(f"[ ! -d {shown} ] || {pull} {shlex.quote(str(source) + '/')} {at}:{work}/checkpoints/")
-    wanted = "|".join(PASSED_ON)
+    secrets = f"cat {shlex.quote(options.env_file)}" if options.env_file else ":"
+    if needs_s3(job.request):
+        secrets = f"env | grep -E '^({'|'.join(PASSED_ON)})=' || :; {secrets}"
     lines += [
         f"{ssh} 'cat > {work}/start.sh' <<'ESTIBA_SSH'",
         start_script(job, options) + "ESTIBA_SSH",
-        f"{{ env | grep -E '^({wanted})=' || :; }} | {ssh} sh {work}/start.sh",
+        f"{{ {secrets}; }} | {ssh} sh {work}/start.sh",
         f"{ssh} docker logs --follow {containers(job.name, job.request)[0]}",
         "",
     ]

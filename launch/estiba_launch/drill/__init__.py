@@ -1,0 +1,1 @@
+"""Rehearsing interruptions on the local host, and the accounting of what they cost."""
