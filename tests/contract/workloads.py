@@ -97,11 +97,11 @@ WORDS = "el barco zarpa al alba con la bodega llena de trigo y vino hacia otro p
 MAKE_MODEL = """
 python -c 'import pathlib, tiny_model; tiny_model.build(pathlib.Path("/made/tiny"))' && chmod -R a+rX /made
 """
-SLOW_FILES, SLOW_ROW_GROUPS, SLOW_ROWS = 3, 40, 6
+SLOW_FILES, SLOW_ROW_GROUPS, SLOW_ROWS = 4, 50, 6
 
 
 def prepare_embed(image: Image, folder: Path) -> Prepared:
-    """A model of one layer, made in the image itself; three small files, and three of forty row groups."""
+    """A model of one layer, made in the image itself; three small files, and four of fifty row groups."""
     dice = random.Random(0)
     quick, slow, model = folder / "quick", folder / "slow", folder / "model"
 

@@ -36,15 +36,15 @@ def names(store: Store) -> list[str]:
 
 
 def test_a_piece_is_found_again_by_its_key(store: Store) -> None:
-    pieces = Pieces(store, "work/pieces")
+    pieces = Pieces(store, "done/pieces")
     name = pieces.commit("a b/0001.ñ", DATA)
-    assert name == f"work/pieces/a b/0001.ñ.{xxhash.xxh3_128_hexdigest(DATA)}.piece"
-    for found in (pieces, Pieces(store, "work/pieces"), Pieces(store, "/work/pieces/")):
+    assert name == f"done/pieces/a b/0001.ñ.{xxhash.xxh3_128_hexdigest(DATA)}.piece"
+    for found in (pieces, Pieces(store, "done/pieces"), Pieces(store, "/done/pieces/")):
         assert "a b/0001.ñ" in found
         assert "a b" not in found
         assert found.load("a b/0001.ñ") == DATA
         assert found.load("absent") is None
-    assert Pieces(store, "work/pieces", listed=False).load("a b/0001.ñ") is None
+    assert Pieces(store, "done/pieces", listed=False).load("a b/0001.ñ") is None
 
 
 def test_an_empty_piece_is_a_piece(store: Store) -> None:
