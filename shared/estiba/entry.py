@@ -17,6 +17,7 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -83,6 +84,7 @@ def command_for(argv: Sequence[str], environ: Mapping[str, str]) -> Command:
                 f"flags {flags} were given together with the script {program!r} (SAGEMAKER_PROGRAM); "
                 "pass the script's settings as hyperparameters"
             )
+        complete_tree(root_of(environ) / "input/config")
         return Command((sys.executable, "-c", _TOOLKIT), is_toolkit=True)
     workload = environ.get("ESTIBA_WORKLOAD")
     if not workload:
@@ -90,6 +92,34 @@ def command_for(argv: Sequence[str], environ: Mapping[str, str]) -> Command:
             "ESTIBA_WORKLOAD is not set: this image names no workload; give a command or SAGEMAKER_PROGRAM"
         )
     return Command((sys.executable, "-m", workload, *flags))
+
+
+def complete_tree(config_dir: Path) -> None:
+    """Write the files that the toolkit will not do without and a plain `docker run` does not bring: one host, no input.
+
+    Raises ConfigError where they are missing and cannot be written.
+    """
+    try:
+        socket.gethostbyname(host := socket.gethostname())
+    except OSError:  # no network: the toolkit would look the name up for fifteen minutes
+        host = "localhost"
+    defaults = {
+        "resourceconfig.json": {"current_host": host, "hosts": [host], "network_interface_name": "eth0"},
+        "hyperparameters.json": {},
+        "inputdataconfig.json": {},
+    }
+    for name, content in defaults.items():
+        path = config_dir / name
+        if path.exists():
+            continue
+        try:
+            config_dir.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(content))
+        except OSError as error:
+            raise ConfigError(
+                f"{path} is missing and cannot be written ({error.strerror}); script mode needs it: "
+                f"mount one that holds {json.dumps(content)}"
+            ) from None
 
 
 def _script_of(environ: Mapping[str, str]) -> str | None:
@@ -256,7 +286,8 @@ def _receivers(child: int, is_toolkit: bool) -> list[int]:
     """Who gets the signal: the program itself, below the wrappers that would swallow it, and nothing below a program.
 
     A shell dies of TERM and leaves its child without a word, so both get it. The sagemaker-training toolkit dies
-    likewise and takes the script's exit code along, so only what it runs gets it. A program passes signals on to its
+    likewise and takes the script's exit code along, and so does the `sh -c` that it starts a .sh script with: only what
+    they run gets it. A program passes signals on to its
     own helpers as it sees fit: a data loader's workers must go on while their parent saves.
     """
     parents = _parents()
@@ -265,13 +296,18 @@ def _receivers(child: int, is_toolkit: bool) -> list[int]:
     while waiting:
         pid = waiting.pop()
         below = [other for other, parent in parents.items() if parent == pid]
-        if is_toolkit and pid == child and below:
+        if is_toolkit and below and (pid == child or _is_shell_line(pid)):
             waiting += below
             continue
         found.append(pid)
         if _name_of(pid) in SHELLS:
             waiting += below
     return found
+
+
+def _is_shell_line(pid: int) -> bool:
+    words = _read(f"/proc/{pid}/cmdline").split("\0")
+    return _name_of(pid) in SHELLS and words[1:2] == ["-c"]
 
 
 def _descendants(pid: int) -> list[int]:

@@ -46,7 +46,15 @@ class Progress:
         self._started = self._last = time.monotonic()
         self._bar: tqdm | None = None
         if self._stream.isatty():
-            self._bar = tqdm(total=total, initial=done, unit=f" {unit}", unit_scale=True, file=self._stream, leave=True)
+            self._bar = tqdm(
+                total=total,
+                initial=done,
+                unit=f" {unit}",
+                unit_scale=True,
+                file=self._stream,
+                leave=True,
+                ncols=None if _columns(self._stream) else 80,
+            )
 
     @property
     def elapsed_s(self) -> float:
@@ -94,6 +102,14 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def _columns(stream: TextIO) -> int:
+    """0 where the terminal does not say, as with `docker run -t` into a pipe."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return 0
 
 
 def peak_memory_bytes() -> int:

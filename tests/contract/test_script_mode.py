@@ -16,6 +16,7 @@ from contract.containers import Ended, Image, Running, Tree
 SOON_S = 15.0
 RESOURCES = {"current_host": "algo-1", "hosts": ["algo-1"], "network_interface_name": "eth0"}
 KINDS = ["py", "sh"]
+ARCHIVE = {"sagemaker_program": "train.py", "sagemaker_submit_directory": "/source/sourcedir.tar.gz"}
 FLAGS = ["--epochs", "3", "--nombre", "barco azul"]
 
 TELLS_PY = """
@@ -92,21 +93,35 @@ def test_the_script_can_be_named_by_a_hyperparameter(encode: Any, image: Image, 
     assert told(tree) == {"argv": FLAGS, "epochs": "3"}
 
 
-def test_the_script_can_come_in_an_archive(image: Image, tree: Tree, tmp_path: Path) -> None:
-    """As AWS's SDKs bring it: a tar.gz, on S3 there, and a path here. The toolkit reads only the hyperparameter."""
+@pytest.mark.parametrize("way", ["hyperparameter", "environment"])
+def test_the_script_can_come_in_an_archive(way: str, image: Image, tree: Tree, tmp_path: Path) -> None:
+    """As AWS's SDKs bring it, one in each way: a tar.gz, on S3 there, and a path here."""
     source = tmp_path / "source"
     source.mkdir()
     (tmp_path / "train.py").write_text(TELLS_PY)
     with tarfile.open(source / "sourcedir.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "train.py", "train.py")
-    values = {"sagemaker_program": "train.py", "sagemaker_submit_directory": "/source/sourcedir.tar.gz"}
-    values |= {"epochs": "3", "nombre": "barco azul"}
+    values: dict[str, Any] = {"epochs": 3, "nombre": "barco azul", **(ARCHIVE if way == "hyperparameter" else {})}
     tree.write_config(
         hyperparameters={name: json.dumps(value) for name, value in values.items()}, resources=RESOURCES, inputs={}
     )
-    ended = launch(image, tree, volumes={str(source): {"bind": "/source", "mode": "ro"}}).end()
+    ended = launch(
+        image,
+        tree,
+        environment={name.upper(): value for name, value in ARCHIVE.items()} if way == "environment" else {},
+        volumes={str(source): {"bind": "/source", "mode": "ro"}},
+    ).end()
     assert ended.code == 0, ended.log
     assert told(tree) == {"argv": FLAGS, "epochs": "3"}
+
+
+@pytest.mark.parametrize("way", ["hyperparameter", "environment"])
+def test_an_archive_that_is_not_there_is_named_first(way: str, image: Image, tree: Tree) -> None:
+    tree.write_config(hyperparameters=ARCHIVE if way == "hyperparameter" else {}, resources=RESOURCES, inputs={})
+    environment = {name.upper(): value for name, value in ARCHIVE.items()} if way == "environment" else {}
+    ended = launch(image, tree, environment=environment).end()
+    assert ended.code != 0, ended.log
+    assert ARCHIVE["sagemaker_submit_directory"] in (tree.failure or "").splitlines()[0], tree.failure
 
 
 @pytest.mark.parametrize(

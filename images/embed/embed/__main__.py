@@ -3,6 +3,9 @@
 import logging
 
 from embed.config import EmbedConfig
+from embed.data import require_local
+from estiba.contract import Job
+from estiba.stop import Stop
 
 
 def main() -> None:
@@ -11,10 +14,11 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("embed").setLevel(logging.INFO)
 
-    def work(*arguments: object) -> None:
-        from embed.work import embed  # torch takes seconds to import; a mistake in a flag need not wait for it
+    def work(config: EmbedConfig, job: Job, stop: Stop) -> None:
+        require_local(config.input_path)
+        from embed.work import embed  # torch takes seconds to import; a mistake need not wait for it
 
-        embed(*arguments)  # type: ignore[arg-type]
+        embed(config, job, stop)
 
     run(EmbedConfig, work)
 

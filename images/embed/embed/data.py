@@ -110,15 +110,25 @@ def open_input(location: str) -> tuple[Store, list[Source], list[str]]:
         entry = single.head(name)
         if entry is not None:
             return single, [_source(entry)], []
-        raise ConfigError(
-            f"{location}: no input files there{_what_is_beside(location)}; mount a directory of parquet files on it "
-            "(-v DIR:/opt/ml/input/data/dataset), name the channel `dataset`, or pass --input-path"
-        )
+        raise _nothing(location)
     sources, ignored = [], []
     for entry in entries:
         hidden = any(part.startswith((".", "_")) for part in entry.path.split("/"))
         (ignored.append(entry.path) if hidden else sources.append(_source(entry)))
     return store, sources, ignored
+
+
+def require_local(location: str) -> None:
+    """Tell a missing directory at once, before anything slow is imported. Raises ConfigError."""
+    if "://" not in location and not Path(location).exists():
+        raise _nothing(location)
+
+
+def _nothing(location: str) -> ConfigError:
+    return ConfigError(
+        f"{location}: no input files there{_what_is_beside(location)}; mount a directory of parquet files on it "
+        "(-v DIR:/opt/ml/input/data/dataset), name the channel `dataset`, or pass --input-path"
+    )
 
 
 def _what_is_beside(location: str) -> str:

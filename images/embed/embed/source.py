@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,6 +70,11 @@ def find(model: str, revision: str | None) -> Source:
         raise ConfigError(
             f"model {model!r}: holds neither modules.json nor config.json (found {', '.join(names[:8]) or 'nothing'}); "
             "pass the directory that a model was saved to"
+        )
+    hidden = [name for name in names if not os.access(source.directory / name, os.R_OK)]
+    if hidden:  # safetensors saves files that only their owner may read
+        raise ConfigError(
+            f"model {model!r}: user {os.getuid()} may not read {', '.join(hidden[:4])}; chmod a+r them, or change --user"
         )
     return source
 

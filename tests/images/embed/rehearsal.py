@@ -131,25 +131,29 @@ def rehearse(
     work_s = json.loads((whole / "output/data/results.json").read_text())["seconds"]["embedding"]
 
     trace = place / "trace-broken"
+    ended_by_itself, attempt_s = False, whole_s
     while len(found.kills) < kills:
         found.attempts += 1
         began = time.monotonic()
         size = trace.stat().st_size if trace.exists() else 0
         process = start(broken, model, trace, *flags)
         # Most moments fall into the work; a few into loading, joining and the end.
-        if dice.random() < 0.85:
+        is_all_started = size > 0 and ended_by_itself
+        if dice.random() < 0.85 and not is_all_started:
             while process.poll() is None and (not trace.exists() or trace.stat().st_size == size):
                 time.sleep(0.005)
-            time.sleep(dice.uniform(0, work_s / kills))  # half the work is left after the last one, on average
+            time.sleep(dice.uniform(0, work_s / kills / 2))  # so that work is left for the last one too
         else:
-            time.sleep(dice.uniform(0, whole_s))
+            time.sleep(dice.uniform(0, attempt_s))
         if process.poll() is None:
             process.send_signal(signum)
             found.kills.append(round(time.monotonic() - began, 3))
         process.communicate()
+        ended_by_itself = process.returncode == 0
+        attempt_s = time.monotonic() - began if ended_by_itself else attempt_s
         if is_new_host:
             shutil.rmtree(broken / "output", ignore_errors=True)
-        elif process.returncode == 0:
+        elif ended_by_itself:
             break
         if found.attempts > 4 * kills:
             break
