@@ -54,6 +54,7 @@ class Progress:
                 file=self._stream,
                 leave=True,
                 ncols=None if _columns(self._stream) else 80,
+                nrows=None if _columns(self._stream) else 24,
             )
 
     @property

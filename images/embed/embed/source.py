@@ -74,7 +74,7 @@ def find(model: str, revision: str | None) -> Source:
     hidden = [name for name in names if not os.access(source.directory / name, os.R_OK)]
     if hidden:  # safetensors saves files that only their owner may read
         raise ConfigError(
-            f"model {model!r}: user {os.getuid()} may not read {', '.join(hidden[:4])}; chmod a+r them, or change --user"
+            f"model {model!r}: user {os.getuid()} may not read {', '.join(hidden[:4])}; chmod a+r, or change --user"
         )
     return source
 
