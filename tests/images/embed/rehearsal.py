@@ -131,13 +131,13 @@ def rehearse(
     work_s = json.loads((whole / "output/data/results.json").read_text())["seconds"]["embedding"]
 
     trace = place / "trace-broken"
-    ended_by_itself, attempt_s = False, whole_s
+    ended_by_itself, attempt_s = False, whole_s - work_s  # at first: while things load
     while len(found.kills) < kills:
         found.attempts += 1
         began = time.monotonic()
         size = trace.stat().st_size if trace.exists() else 0
         process = start(broken, model, trace, *flags)
-        # Most moments fall into the work; a few into loading, joining and the end.
+        # Most moments fall into the work, a few into loading and, once all is computed, into joining and the end.
         is_all_started = size > 0 and ended_by_itself
         if dice.random() < 0.85 and not is_all_started:
             while process.poll() is None and (not trace.exists() or trace.stat().st_size == size):
