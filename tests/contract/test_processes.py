@@ -24,7 +24,8 @@ def save(signum, frame):
 signal.signal(signal.SIGTERM, save)
 signal.signal(signal.SIGINT, save)
 print("ready", flush=True)
-time.sleep(600)
+while True:
+    time.sleep(0.05)  # short: a signal just before a sleep is seen after it
 """
 
 # Wait until the workload has taken over TERM, then send two; its own loading takes longer than that.
@@ -151,7 +152,8 @@ def test_a_program_that_ignores_term_is_killed_while_there_is_time_to_say_so(ima
 
 
 def test_ctrl_c_on_a_terminal_reaches_the_program(image: Image) -> None:
-    code = "import time\nprint('ready', flush=True)\ntry: time.sleep(600)\nexcept KeyboardInterrupt: exit(9)"
+    wait = "try:\n while True: time.sleep(0.05)\nexcept KeyboardInterrupt: exit(9)"
+    code = f"import time\nprint('ready', flush=True)\n{wait}"
     running = image.start(["python", "-c", code], tty=True, stdin_open=True)
     running.wait_for_line("ready")
     socket: Any = running.container.attach_socket(params={"stdin": 1, "stream": 1})

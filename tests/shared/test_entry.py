@@ -255,7 +255,7 @@ def save(signum, frame):
 signal.signal(signal.SIGTERM, save)
 print("ready", flush=True)
 while True:
-    time.sleep(60)
+    time.sleep(0.05)  # short: a signal just before a sleep is seen after it
 """
 
 
@@ -308,7 +308,8 @@ def test_a_programs_own_helpers_are_not_signalled(place: Any) -> None:
             sys.exit(0)
         signal.signal(signal.SIGTERM, save)
         print("ready", flush=True)
-        time.sleep(60)
+        while True:
+            time.sleep(0.05)
         """
     )
     process = place.entry(PY, script)
@@ -382,7 +383,7 @@ def test_the_second_signal_is_passed_on_too(place: Any) -> None:
         signal.signal(signal.SIGTERM, note)
         print("ready", flush=True)
         while True:
-            time.sleep(60)
+            time.sleep(0.05)
         """
     )
     process = place.entry(PY, script)
@@ -406,7 +407,7 @@ if os.fork() == 0:
     os.execv(sys.executable, [sys.executable, "-c", work])
 print("ready", flush=True)
 while True:
-    time.sleep(60)
+    time.sleep(0.05)  # short: a signal just before a sleep is seen after it
 """
 
 
@@ -471,7 +472,8 @@ def test_on_a_terminal_ctrl_c_reaches_the_child_and_stderr_stays_a_terminal(plac
         signal.signal(signal.SIGINT, note)
         print("ready", [os.isatty(fd) for fd in (0, 1, 2)], os.getpgrp() == os.tcgetpgrp(0), flush=True)
         print("typed", input(), flush=True)
-        time.sleep(60)
+        while True:
+            time.sleep(0.05)
         """
     )
     child, terminal = pty.fork()

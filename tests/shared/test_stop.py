@@ -27,12 +27,13 @@ from estiba.errors import Interrupted
 from estiba.stop import Stop
 stop = Stop.from_environment().install()
 print("ready", flush=True)
-while not stop.wait(30):
+while not stop.wait(1):
     pass
 print(stop.reason, round(stop.seconds_left() or 0), flush=True)
 if "stay" in sys.argv:
     import time
-    time.sleep(60)
+    while True:
+        time.sleep(0.05)
 sys.exit(stop.interrupted("all of it").exit_code)
 """
 
