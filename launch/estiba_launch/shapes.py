@@ -139,7 +139,7 @@ def _text(text: str, shape: Shape, path: str, problems: list[Problem], *, what: 
         if shape.name in FILE_URI_SHAPES and text.startswith("file://"):
             rule, remedy = "file:// is for --target local and ssh", "upload it and give its s3:// address"
         elif shape.name in FILE_URI_SHAPES:
-            rule, remedy = "not an S3 address", "write s3://BUCKET/PREFIX"
+            rule, remedy = "not an address", "write s3://BUCKET/PREFIX, or file://DIRECTORY for --target local and ssh"
         else:
             rule, remedy = f"the {what} must match {pattern}", "use only what the pattern allows"
         problems.append(Problem(field=path, value=text, rule=rule, remedy=remedy))
