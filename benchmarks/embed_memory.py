@@ -64,22 +64,22 @@ def main() -> int:
     print(f"input: {size / 1e9:.2f} GB, {rows} rows, {options.row_groups} row group(s)")
     build = (
         "import sys, pathlib; sys.path.insert(0, '/tests'); "
-        "import tiny_model; tiny_model.build(pathlib.Path('/work/model'))"
+        "import tiny_model; tiny_model.build(pathlib.Path('/job/model'))"
     )
     subprocess.run(
-        ["docker", "run", "--rm", "-v", f"{ROOT}/tests/images/embed:/tests:ro", "-v", f"{place}:/work", options.image,
+        ["docker", "run", "--rm", "-v", f"{ROOT}/tests/images/embed:/tests:ro", "-v", f"{place}:/job", options.image,
          "python", "-c", build],
         check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     job = (
-        "python -m embed --input-path /work/in --output-path /work/out --checkpoint-path /work/ck --model /work/model "
+        "python -m embed --input-path /job/in --output-path /job/out --checkpoint-path /job/ck --model /job/model "
         "--max-length 16; code=$?; cat /sys/fs/cgroup/memory.peak 2>/dev/null || "
         "cat /sys/fs/cgroup/memory/memory.max_usage_in_bytes; exit $code"
     )
     limit = f"{options.limit_mb}m"
     began = time.monotonic()
     done = subprocess.run(
-        ["docker", "run", "--rm", "--memory", limit, "--memory-swap", limit, "-v", f"{place}:/work", options.image,
+        ["docker", "run", "--rm", "--memory", limit, "--memory-swap", limit, "-v", f"{place}:/job", options.image,
          "bash", "-c", job],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
