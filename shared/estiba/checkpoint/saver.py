@@ -34,12 +34,15 @@ from estiba.checkpoint.pieces import exclusive
 from estiba.checkpoint.remote import Remote
 from estiba.checkpoint.retention import Retention
 from estiba.errors import CheckpointError, StoreError
+from estiba.ranks import Ranks
 from estiba.stop import say
 from estiba.store import FileStore
 
 MODEL_FILE = "model.safetensors"
 PATIENCE_S = 600.0
 """How long the first rank's writer waits for the parts of the others."""
+CAUTION = 1.25
+"""A disk may be slower this time than it was."""
 SPACING = 10.0
 """A snapshot stalls the step; no more than one part in so many of the time goes to that."""
 
@@ -85,22 +88,20 @@ class Checkpoints:
         *,
         retention: Retention | None = None,
         upload: str | None = None,
-        rank: int = 0,
-        ranks: int = 1,
-        token: str | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """`upload` is an S3 prefix that every checkpoint is copied to, and restored from where the folder has none.
 
-        Ranks of one box share the folder and a `token` that is new for every start. Raises CheckpointError where the
-        folder cannot be written or another job uses it.
+        Ranks of one box share the folder. Made in the main thread: the writer dies with the thread that started it.
+        Raises CheckpointError where the folder cannot be written or another job uses it.
         """
         self.folder, self.upload = Path(folder).absolute(), upload
-        self.rank, self.ranks = rank, ranks
+        self.ranks = ranks or Ranks()
         self.retention = retention or Retention()
         self.measured = Measured()
         self.newest: int | None = None
         """Step of the newest checkpoint that is on the disk."""
-        self._token = token or uuid.uuid4().hex[:8]
+        self._token: str = self.ranks.from_first(uuid.uuid4().hex[:8])
         self._arena = Arena()
         self._order: _Order | None = None
         self._process: subprocess.Popen[str] | None = None
@@ -108,7 +109,7 @@ class Checkpoints:
         self._restored_name: str | None = None
         self._next_at = 0.0
         self._hold = ExitStack()
-        if rank == 0:
+        if self.ranks.is_first:
             self._hold.enter_context(exclusive(FileStore(self.folder), "training"))
             if incomplete := directory.clean(self.folder):
                 say(f"{self.folder}: {', '.join(incomplete)} incomplete (its copy never ended), deleted")
@@ -123,6 +124,15 @@ class Checkpoints:
         """
         if source is not None:
             return self._load(source)
+        found = self._newest_that_verifies() if self.ranks.is_first else None
+        path = self.ranks.from_first(found and str(found.path))
+        if path is None or self.ranks.is_first:
+            return found
+        found = self._load(Path(path))
+        self.newest = found.step
+        return found
+
+    def _newest_that_verifies(self) -> Restored | None:
         local = directory.names_in(self.folder)
         remote, away = self._remote_names()
         names = sorted({*local, *away}, key=lambda name: directory.order_of(name) or (0, 0), reverse=True)
@@ -131,7 +141,7 @@ class Checkpoints:
                 try:
                     return self._found(self._load(self.folder / name), name)
                 except CheckpointError as error:
-                    new_name = directory.set_aside(self.folder, name) if self.rank == 0 else None
+                    new_name = directory.set_aside(self.folder, name)
                     say(f"warning: {error}; set aside as {new_name}, going back to the one before")
             if name in away and remote is not None:
                 try:
@@ -147,7 +157,7 @@ class Checkpoints:
         return None
 
     def _remote_names(self) -> tuple[Remote | None, list[str]]:
-        if self.upload is None or self.rank != 0:  # rank 0 restores first, then the others find it here
+        if self.upload is None:
             return None, []
         remote = Remote(self.upload)
         return remote, remote.names()
@@ -158,25 +168,29 @@ class Checkpoints:
 
     def _load(self, path: Path) -> Restored:
         manifest = directory.read_manifest(path)
-        if self.rank == 0 and manifest.ranks > 1:  # the other ranks take what this one found whole
+        if self.ranks.is_first and manifest.ranks > 1:  # the other ranks take what this one found whole
             directory.verify(path)
-        state_name = self._names(manifest.ranks)
-        own = state_name if f"{state_name}.json" in manifest.files else "state"
-        tensors: dict[str, torch.Tensor] = {}
-        for name in (MODEL_FILE, f"{own}.safetensors"):
-            if name in manifest.files:
-                prefix = "model/" if name == MODEL_FILE else ""
-                for key, tensor in layout.read(directory.read_verified(path, manifest, name)).items():
-                    tensors[prefix + key] = tensor
-        skeleton = json.loads(bytes(directory.read_verified(path, manifest, f"{own}.json")))
-        try:
-            state = tree.restore(skeleton, tensors.__getitem__)
-        except (KeyError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{path}: its files do not belong together ({error})") from None
+        state = self._load_tree(path, manifest, "state", with_model=True)
+        own = self._names(manifest.ranks)
+        if own != "state" and f"{own}.json" in manifest.files:
+            state |= self._load_tree(path, manifest, own, with_model=False)
         return Restored(state=state, step=manifest.step, path=path, manifest=manifest)
 
+    def _load_tree(self, path: Path, manifest: Manifest, stem: str, *, with_model: bool) -> dict[str, Any]:
+        tensors: dict[str, torch.Tensor] = {}
+        for name, prefix in ((MODEL_FILE, "model/"), (f"{stem}.safetensors", "")):
+            if name in manifest.files and (with_model or name != MODEL_FILE):
+                for key, tensor in layout.read(directory.read_verified(path, manifest, name)).items():
+                    tensors[prefix + key] = tensor
+        skeleton = json.loads(bytes(directory.read_verified(path, manifest, f"{stem}.json")))
+        try:
+            state: dict[str, Any] = tree.restore(skeleton, tensors.__getitem__)
+        except (KeyError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path}: its files do not belong together ({error})") from None
+        return state
+
     def _names(self, ranks: int) -> str:
-        return "state" if self.rank == 0 or ranks == 1 else f"state-{self.rank:05d}"
+        return "state" if self.ranks.is_first or ranks == 1 else f"state-{self.ranks.rank:05d}"
 
     # --- saving
 
@@ -236,7 +250,7 @@ class Checkpoints:
                 "metrics": {name: float(value) for name, value in (metrics or {}).items()},
                 "arena": self._arena.size_bytes,
                 "files": files,
-                "texts": {f"{self._names(self.ranks)}.json": json.dumps(skeleton)},
+                "texts": {f"{self._names(self.ranks.count)}.json": json.dumps(skeleton)},
                 "patience_s": PATIENCE_S,
             }
         )
@@ -244,27 +258,40 @@ class Checkpoints:
         if wait:
             self.settle()
 
-    def save_before_stop(self, step: int, state: Mapping[str, Any], *, seconds_left: float | None, **how: Any) -> str:
+    def save_before_stop(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        *,
+        seconds_left: float | None,
+        fits: bool | None = None,
+        **how: Any,
+    ) -> str:
         """The most that can be made durable in the time left. Returns what is safe, for the last message.
 
         A fresh snapshot if the bandwidth measured so far lets it reach the disk in time; else the one that is already
-        in memory, on its way; else the newest that is there.
+        in memory, on its way; else the newest that is there. `fits` is the answer of the first rank, which all follow.
         """
-        behind_s = self._left_s()
-        fresh_s = behind_s + self._durable_s(state)
-        if seconds_left is None or fresh_s <= seconds_left:
+        if self.fits(seconds_left) if fits is None else fits:
             self.save(step, state, wait=True, **how)
         else:
-            say(
-                f"warning: {seconds_left:.0f} s left and a checkpoint takes {fresh_s:.0f} s here; "
-                "the snapshot that is already on its way is finished instead"
-                if self.is_busy
-                else f"warning: {seconds_left:.0f} s left and a checkpoint takes {fresh_s:.0f} s here; none is begun"
-            )
+            instead = "the one on its way is finished instead" if self.is_busy else "none is begun"
+            say(f"warning: {seconds_left:.0f} s left and a checkpoint takes {self.expected_s():.0f} s here; {instead}")
             self.settle(timeout_s=seconds_left)
         if self.newest is None:
             return "no checkpoint could be written"
         return f"everything up to step {self.newest} is saved in {self.folder}"
+
+    def fits(self, seconds_left: float | None) -> bool:
+        """Whether a checkpoint that begins now would be durable in time; True where nothing was measured yet."""
+        return seconds_left is None or self.expected_s() <= seconds_left
+
+    def expected_s(self) -> float:
+        """Seconds until a checkpoint that begins now is durable, the one on its way included; 0 without a measure."""
+        if not self.measured.durable_s:
+            return 0.0
+        behind = self.measured.durable_s - (time.monotonic() - self._order.started) if self._order else 0.0
+        return self.measured.durable_s * CAUTION + (max(0.0, behind) if self.is_busy else 0.0)
 
     def settle(self, timeout_s: float | None = None) -> bool:
         """Wait for the save on its way. False where the time was not enough."""
@@ -306,7 +333,7 @@ class Checkpoints:
     def _plans(self, tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, layout.Layout, dict[str, torch.Tensor]]]:
         model = {key.removeprefix("model/"): tensor for key, tensor in tensors.items() if key.startswith("model/")}
         rest = {key: tensor for key, tensor in tensors.items() if not key.startswith("model/")}
-        groups = [(MODEL_FILE, model), (f"{self._names(self.ranks)}.safetensors", rest)]
+        groups = [(MODEL_FILE, model), (f"{self._names(self.ranks.count)}.safetensors", rest)]
         return [(name, layout.lay_out(members), members) for name, members in groups if members]
 
     def _copy(self, start: int, plan: layout.Layout, members: Mapping[str, torch.Tensor]) -> None:
@@ -316,16 +343,6 @@ class Checkpoints:
             if tensor.numel():
                 target = layout.view(buffer, start + plan.offsets[name], tensor)
                 target.copy_(tensor, non_blocking=True)
-
-    def _durable_s(self, state: Mapping[str, Any]) -> float:
-        """Seconds that a fresh checkpoint is expected to take; 0 where nothing was measured yet."""
-        del state
-        return self.measured.durable_s * 1.25 + 0.5 if self.measured.durable_s else 0.0
-
-    def _left_s(self) -> float:
-        if not self.is_busy or self._order is None:
-            return 0.0
-        return max(0.0, self.measured.durable_s - (time.monotonic() - self._order.started))
 
     def _start_writer(self) -> None:
         if self._process is not None and self._process.poll() is None:
@@ -344,8 +361,8 @@ class Checkpoints:
         self._tell(
             {
                 "folder": str(self.folder),
-                "rank": self.rank,
-                "ranks": self.ranks,
+                "rank": self.ranks.rank,
+                "ranks": self.ranks.count,
                 "token": self._token,
                 "descriptor": self._arena.descriptor,
                 "retention": self.retention.model_dump(),

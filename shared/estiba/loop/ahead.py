@@ -1,0 +1,71 @@
+"""Batches made in a thread before they are asked for, and a wait for them that a stop ends."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+
+B = TypeVar("B")
+POLL_S = 0.1
+
+
+class Ahead(Generic[B]):
+    """`make(first), make(first + 1), …` in order, up to `end`; `depth` of them wait ready."""
+
+    def __init__(self, make: Callable[[int], B], first: int, end: int, *, depth: int = 2) -> None:
+        self._make, self._end = make, end
+        self._ready: queue.Queue[tuple[int, B | BaseException]] = queue.Queue(depth)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(first,), name="estiba-batches", daemon=True)
+        self._thread.start()
+
+    def next(self, index: int, give_up: Callable[[], bool]) -> B | None:
+        """The batch of `index`, or None once `give_up` says so. Raises what making it raised."""
+        while not give_up():
+            try:
+                found, batch = self._ready.get(timeout=POLL_S)
+            except queue.Empty:
+                continue
+            if isinstance(batch, BaseException):
+                raise batch
+            assert found == index, "batches are taken in order"
+            return batch
+        return None
+
+    def close(self) -> None:
+        self._closed.set()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._ready.get_nowait()
+        self._thread.join(timeout=1.0)
+
+    def _run(self, first: int) -> None:
+        for index in range(first, self._end):
+            try:
+                item: Any = self._make(index)
+            except BaseException as error:
+                item = error
+            while not self._closed.is_set():
+                with contextlib.suppress(queue.Full):
+                    self._ready.put((index, item), timeout=POLL_S)
+                    break
+            if self._closed.is_set() or isinstance(item, BaseException):
+                return
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Tensors inside tuples, lists and dicts, moved; from pinned memory without waiting."""
+    if isinstance(batch, torch.Tensor):
+        if device.type == "cuda" and not batch.is_cuda:
+            return batch.pin_memory().to(device, non_blocking=True)
+        return batch.to(device)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
