@@ -18,7 +18,8 @@ compile() { # output folder, its .in file, further arguments
         "$@" "$input" -o "$folder/requirements.txt"
 }
 
-work="$(mktemp -d)"
+work=.build/lock # a relative path, as it is written into the locks
+mkdir -p "$work"
 trap 'rm -rf "$work"' EXIT
 
 # An image's tests are locked together with the image and first: the image then ships exactly the versions they ran with.

@@ -53,8 +53,8 @@ class Progress:
                 unit_scale=True,
                 file=self._stream,
                 leave=True,
-                ncols=None if _columns(self._stream) else 80,
-                nrows=None if _columns(self._stream) else 24,
+                ncols=None if columns_of(self._stream) else 80,
+                nrows=None if columns_of(self._stream) else 24,
             )
 
     @property
@@ -105,7 +105,7 @@ class Progress:
             self._bar.close()
 
 
-def _columns(stream: TextIO) -> int:
+def columns_of(stream: TextIO) -> int:
     """0 where the terminal does not say, as with `docker run -t` into a pipe."""
     try:
         return os.get_terminal_size(stream.fileno()).columns

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = timedelta(minutes=30)
+CONTROL_TIMEOUT = timedelta(days=2)
+"""The first rank may be making tokens of a corpus, or writing to a slow disk, while the others wait."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Ranks:
             torch.cuda.set_device(local)
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=TIMEOUT)
-        control = dist.new_group(backend="gloo", timeout=TIMEOUT) if device_type == "cuda" else dist.group.WORLD
+        control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
         return cls(rank=dist.get_rank(), count=count, local=local, control=control)
 
     def largest(self, *values: float) -> list[float]:

@@ -65,10 +65,10 @@ def test_a_job_gives_the_same_bytes(place: str, elsewhere: dict[str, Ended], pla
     assert_same(results_of(elsewhere[place], prepared.ignore), results_of(plain, prepared.ignore))
 
 
-def test_what_a_user_writes_is_its_own(elsewhere: dict[str, Ended]) -> None:
+def test_what_a_user_writes_is_its_own(elsewhere: dict[str, Ended], prepared: Prepared) -> None:
     tree = elsewhere["as a user without an account"].tree
     assert tree is not None
-    assert {path.stat().st_uid for path in tree.output.rglob("*")} == {1234}
+    assert {path.stat().st_uid for path in (tree.root / prepared.writes).rglob("*")} == {1234}
 
 
 def test_input_is_left_as_it_was(image: Image, prepared: Prepared, tmp_path: Path) -> None:
@@ -90,8 +90,8 @@ def test_a_user_that_may_not_write_is_told_where_and_what_to_do(
         os.chmod(tree.root / closed, 0o755)  # noqa: S103
         return image.run(tree=tree, user=STRANGER)
 
-    endings = together(lambda: run("output"), lambda: run("checkpoints"))
-    for closed, ended in zip(("output", "checkpoints"), endings, strict=True):
+    endings = together(lambda: run(prepared.writes), lambda: run("checkpoints"))
+    for closed, ended in zip((prepared.writes, "checkpoints"), endings, strict=True):
         assert ended.code == 2, ended.log
         assert "Traceback" not in ended.log
         assert re.search(rf"error: .*/opt/ml/{closed}\b.*user 1234.*mount", ended.log), ended.log

@@ -62,6 +62,8 @@ class Prepared:
     ill_typed: tuple[str, str]
     """A setting, and a value that it cannot have."""
     refusals: Sequence[Refusal] = field(default_factory=tuple)
+    writes: str = "output"
+    """The folder below /opt/ml that its results go to."""
     splits_files_by_host: bool = False
     """Hosts with all of the input share its files, and need nothing of each other."""
 
@@ -174,6 +176,70 @@ def prepare_embed(image: Image, folder: Path) -> Prepared:
     )
 
 
+# --- aura ----------------------------------------------------------------------------------------------------------
+
+
+def prepare_aura(image: Image, folder: Path) -> Prepared:  # noqa: ARG001 - it makes its own tokenizer and model
+    """Two files of made-up sentences: a model of one layer for a dozen steps, and one for some hundred."""
+    dice = random.Random(0)
+    text = folder / "text"
+    text.mkdir()
+    lines = [" ".join(dice.choices(WORDS, k=dice.randint(4, 30))).capitalize() + "." for _ in range(1500)]
+    (text / "a.txt").write_text("\n".join(lines[:1000]) + "\n")
+    (text / "b.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines[1000:]))
+    settings: dict[str, Setting] = {
+        "model-preset": "manual",
+        "embed-size": 32,
+        "num-layers": 1,
+        "num-heads": 2,
+        "seq-length": 32,
+        "vocab-size": 300,
+        "batch-size": 4,
+        "gradient-accumulation-steps": 2,
+        "learning-rate": 0.005,
+        "dropout": 0.2,
+        "seed": 7,
+        "max-steps": 12,
+        "validation-split": 0.05,
+        "eval-batches": 3,
+        "save-steps": 5,
+        "log-interval": 3,
+        "text-format": "lines",
+        "sample-tokens": 8,
+    }
+    slow = {**settings, "max-steps": 400, "seq-length": 64, "embed-size": 128, "num-layers": 2, "eval-steps": 40}
+    return Prepared(
+        quick=Job(channels={"dataset": text}, settings=settings),
+        slow=Job(channels={"dataset": text}, settings=slow),
+        commits=lambda checkpoints: max(
+            (int(path.parent.name.split("-")[1]) for path in checkpoints.glob("step-*/manifest.json")), default=0
+        ),
+        commits_before_a_signal=40,
+        # interrupt-step-N.pt is written on Ctrl+C, and is the person's to delete.
+        ignore=("results.json", "metrics.jsonl", "events.out.tfevents.*", "interrupt-step-*.pt"),
+        resumed=re.compile(r"resuming at step [1-9]"),
+        misspelt=("learning-rat", "learning-rate"),
+        ill_typed=("batch-size", "muchas"),
+        refusals=(
+            Refusal(
+                what="no input",
+                settings={},
+                says=("/opt/ml/input/data/dataset", "-v DIR:/opt/ml/input/data/dataset"),
+                without_channels=("dataset",),
+            ),
+            Refusal(what="no such preset", settings={"model-preset": "enorme"}, says=("'enorme'", "aura-72h-max")),
+            Refusal(what="heads that do not fit", settings={"num-heads": 3}, says=("embed_size 32", "num_heads 3")),
+            Refusal(
+                what="no such tokenizer",
+                settings={"tokenizer-name-or-path": "/opt/ml/input/data/nadie", "vocab-size": "none"},
+                says=("/opt/ml/input/data/nadie", "no such file or directory"),
+            ),
+        ),
+        writes="model",
+    )
+
+
 WORKLOADS: Mapping[str, Callable[[Image, Path], Prepared]] = {
+    "aura": prepare_aura,
     "embed": prepare_embed,
 }

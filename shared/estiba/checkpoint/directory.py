@@ -25,13 +25,15 @@ from typing import Any
 import xxhash
 
 from estiba.checkpoint import disk
-from estiba.errors import CheckpointError
+from estiba.errors import CheckpointError, StoreError
 from estiba.store import sync_directory
 
 FORMAT = "estiba-checkpoint/1"
 MANIFEST = "manifest.json"
 TEMPORARY_PREFIX = ".saving-"
 BAD_PREFIX = "bad-"
+NOT_ITS_FAULT = (errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+"""Errors of this process, not of the bytes: nothing is set aside for them."""
 _NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -90,7 +92,7 @@ class Manifest:
             files = body["files"]
             if bad := [name for name in files if not _FILE.fullmatch(name) or name == MANIFEST]:
                 raise ValueError(f"file names {bad}")
-            return cls(
+            found = cls(
                 step=int(body["step"]),
                 kind=str(body["kind"]),
                 ranks=int(body["ranks"]),
@@ -98,6 +100,9 @@ class Manifest:
                 metrics=body["metrics"],
                 files=files,
             )
+            if found.to_bytes() != data:  # 1e-05 and 1E-05 are one number, and one bit apart
+                raise ValueError("its bytes are not those that were written")
+            return found
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{where}: not a whole manifest ({error})") from None
 
@@ -115,7 +120,7 @@ def names_in(folder: Path) -> list[str]:
         names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
     except FileNotFoundError:
         return []
-    found = [name for name in names if order_of(name) and (folder / name / MANIFEST).is_file()]
+    found = [name for name in names if order_of(name) and (folder / name / MANIFEST).exists()]
     return sorted(found, key=lambda name: order_of(name) or (0, 0), reverse=True)
 
 
@@ -193,11 +198,9 @@ def publish(folder: Path, temporary: Path, manifest: Manifest) -> str:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Raises CheckpointError."""
-    try:
+    """Raises CheckpointError; StoreError where this process cannot read what may be good."""
+    with _explained(path / MANIFEST):
         data = (path / MANIFEST).read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path / MANIFEST}: {error.strerror}") from None
     return Manifest.from_bytes(data, str(path / MANIFEST))
 
 
@@ -232,6 +235,11 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno in NOT_ITS_FAULT:
+            raise StoreError(
+                f"{path}: cannot be read ({error.strerror}) by user {os.getuid()}; this says nothing about the "
+                "checkpoint, which is left as it is: mend that and run again"
+            ) from None
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
     except EOFError as error:
         raise CheckpointError(f"{path}: {error}") from None

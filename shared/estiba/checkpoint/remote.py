@@ -10,7 +10,7 @@ from pathlib import Path
 from estiba.checkpoint import directory
 from estiba.checkpoint.directory import MANIFEST, Manifest
 from estiba.checkpoint.retention import Retention
-from estiba.errors import CheckpointError
+from estiba.errors import CheckpointError, StoreError
 from estiba.store import FileStore, Store, open_store
 
 DOWNLOADS = 16
@@ -62,8 +62,8 @@ class Remote:
             (temporary / MANIFEST).write_bytes(manifest.to_bytes())
             directory.verify(temporary)
             return directory.publish(folder, temporary, manifest)
-        except OSError as error:
-            raise CheckpointError(f"{folder}: {error.strerror or error}; check the disk and the mount") from None
+        except OSError as error:  # this disk's fault: the copy over there is good and stays
+            raise StoreError(f"{folder}: {error.strerror or error}; check the disk and the mount") from None
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -91,6 +91,10 @@ class Remote:
                 self.store.delete(entry.path)
 
     def _get(self, path: str, target: Path, size_bytes: int) -> None:
+        there = self.store.head(path)
+        if there is None or there.size_bytes != size_bytes:
+            found = "is not there" if there is None else f"has {there.size_bytes} bytes"
+            raise CheckpointError(f"{self.store.url_of(path)}: {found} where {size_bytes} bytes were uploaded")
         descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
 
         def part(start: int) -> None:

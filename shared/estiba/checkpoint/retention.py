@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -35,7 +36,8 @@ class Retention(BaseModel):
         kept |= set([name for name, _ in found if name in verified][:LEAST])
         if self.keep_every is not None:
             kept |= {name for name, manifest in found if manifest.step and manifest.step % self.keep_every == 0}
-        scored = [(manifest.metrics[self.metric], name) for name, manifest in found if self.metric in manifest.metrics]
+        scores = [(manifest.metrics.get(self.metric, math.nan), name) for name, manifest in found]
+        scored = [(score, name) for score, name in scores if math.isfinite(score)]  # NaN sorts anywhere
         kept |= {name for _, name in sorted(scored)[: self.keep_best]}
         if len(kept & set(verified)) < LEAST:
             return []

@@ -74,9 +74,45 @@ class _Order:
     started: float
     blocking_s: float
     size_bytes: int
+    process: subprocess.Popen[str] | None = None
+    """The writer that it was given to."""
     done: threading.Event = field(default_factory=threading.Event)
     name: str | None = None
     problem: str | None = None
+
+
+def load(path: Path, ranks: Ranks | None = None) -> Restored:
+    """One checkpoint, every byte of what is read verified. Raises CheckpointError."""
+    ranks = ranks or Ranks()
+    manifest = directory.read_manifest(path)
+    if (order := directory.order_of(path.name)) and order[0] != manifest.step:
+        raise CheckpointError(f"{path}: holds step {manifest.step}; somebody renamed it")
+    if ranks.is_first and manifest.ranks > 1:  # the other ranks take what this one found whole
+        directory.verify(path)
+    state = _load_tree(path, manifest, "state", with_model=True)
+    own = _stem(ranks, manifest.ranks)
+    if own != "state" and f"{own}.json" in manifest.files:
+        state |= _load_tree(path, manifest, own, with_model=False)
+    return Restored(state=state, step=manifest.step, path=path, manifest=manifest)
+
+
+def _load_tree(path: Path, manifest: Manifest, stem: str, *, with_model: bool) -> dict[str, Any]:
+    tensors: dict[str, torch.Tensor] = {}
+    for name, prefix in ((MODEL_FILE, "model/"), (f"{stem}.safetensors", "")):
+        if name in manifest.files and (with_model or name != MODEL_FILE):
+            for key, tensor in layout.read(directory.read_verified(path, manifest, name)).items():
+                tensors[prefix + key] = tensor
+    skeleton = json.loads(bytes(directory.read_verified(path, manifest, f"{stem}.json")))
+    try:
+        state: dict[str, Any] = tree.restore(skeleton, tensors.__getitem__)
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: its files do not belong together ({error})") from None
+    return state
+
+
+def _stem(ranks: Ranks, count: int) -> str:
+    """The first rank has `state`, the others a file of their own each."""
+    return "state" if ranks.is_first or count == 1 else f"state-{ranks.rank:05d}"
 
 
 class Checkpoints:
@@ -108,6 +144,7 @@ class Checkpoints:
         self._sent: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._restored_name: str | None = None
         self._next_at = 0.0
+        self._saves = 0  # the same on all ranks, which save together or not at all
         self._hold = ExitStack()
         if self.ranks.is_first:
             self._hold.enter_context(exclusive(FileStore(self.folder), "training"))
@@ -123,12 +160,12 @@ class Checkpoints:
         and that one or an error is what there is.
         """
         if source is not None:
-            return self._load(source)
+            return load(source, self.ranks)
         found = self._newest_that_verifies() if self.ranks.is_first else None
         path = self.ranks.from_first(found and str(found.path))
         if path is None or self.ranks.is_first:
             return found
-        found = self._load(Path(path))
+        found = load(Path(path), self.ranks)
         self.newest = found.step
         return found
 
@@ -139,7 +176,7 @@ class Checkpoints:
         for name in names:
             if name in local:
                 try:
-                    return self._found(self._load(self.folder / name), name)
+                    return self._found(load(self.folder / name, self.ranks), name)
                 except CheckpointError as error:
                     new_name = directory.set_aside(self.folder, name)
                     say(f"warning: {error}; set aside as {new_name}, going back to the one before")
@@ -147,7 +184,7 @@ class Checkpoints:
                 try:
                     here = remote.fetch(name, self.folder)
                     say(f"{remote.url}/{name}: restored from there")
-                    return self._found(self._load(self.folder / here), here)
+                    return self._found(load(self.folder / here, self.ranks), here)
                 except CheckpointError as error:
                     say(f"warning: {error}; set aside, going back to the one before")
                     with contextlib.suppress(StoreError):
@@ -165,32 +202,6 @@ class Checkpoints:
     def _found(self, found: Restored, name: str) -> Restored:
         self.newest, self._restored_name = found.step, name
         return found
-
-    def _load(self, path: Path) -> Restored:
-        manifest = directory.read_manifest(path)
-        if self.ranks.is_first and manifest.ranks > 1:  # the other ranks take what this one found whole
-            directory.verify(path)
-        state = self._load_tree(path, manifest, "state", with_model=True)
-        own = self._names(manifest.ranks)
-        if own != "state" and f"{own}.json" in manifest.files:
-            state |= self._load_tree(path, manifest, own, with_model=False)
-        return Restored(state=state, step=manifest.step, path=path, manifest=manifest)
-
-    def _load_tree(self, path: Path, manifest: Manifest, stem: str, *, with_model: bool) -> dict[str, Any]:
-        tensors: dict[str, torch.Tensor] = {}
-        for name, prefix in ((MODEL_FILE, "model/"), (f"{stem}.safetensors", "")):
-            if name in manifest.files and (with_model or name != MODEL_FILE):
-                for key, tensor in layout.read(directory.read_verified(path, manifest, name)).items():
-                    tensors[prefix + key] = tensor
-        skeleton = json.loads(bytes(directory.read_verified(path, manifest, f"{stem}.json")))
-        try:
-            state: dict[str, Any] = tree.restore(skeleton, tensors.__getitem__)
-        except (KeyError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{path}: its files do not belong together ({error})") from None
-        return state
-
-    def _names(self, ranks: int) -> str:
-        return "state" if self.ranks.is_first or ranks == 1 else f"state-{self.ranks.rank:05d}"
 
     # --- saving
 
@@ -241,16 +252,21 @@ class Checkpoints:
         blocking_s = time.monotonic() - started
         size = sum(plan.size_bytes for _, plan, _ in plans)
         self._order = _Order(step, started, blocking_s, size)
+        self._saves += 1
         self._start_writer()
+        self._order.process = self._process
+        text = json.dumps(skeleton)
         self._tell(
             {
                 "do": "save",
                 "step": step,
+                "number": self._saves,
+                "needed": int(self.ranks.sums(float(size + len(text)))[0]),
                 "kind": kind,
                 "metrics": {name: float(value) for name, value in (metrics or {}).items()},
                 "arena": self._arena.size_bytes,
                 "files": files,
-                "texts": {f"{self._names(self.ranks.count)}.json": json.dumps(skeleton)},
+                "texts": {f"{_stem(self.ranks, self.ranks.count)}.json": text},
                 "patience_s": PATIENCE_S,
             }
         )
@@ -272,12 +288,20 @@ class Checkpoints:
         A fresh snapshot if the bandwidth measured so far lets it reach the disk in time; else the one that is already
         in memory, on its way; else the newest that is there. `fits` is the answer of the first rank, which all follow.
         """
+        if self._order is not None and self._order.step == step:  # this very step is on its way, or was
+            self.settle(timeout_s=seconds_left)
+            if self.ranks.from_first(self.newest == step or self.is_busy):
+                return self._what_is_safe()
         if self.fits(seconds_left) if fits is None else fits:
             self.save(step, state, wait=True, **how)
         else:
             instead = "the one on its way is finished instead" if self.is_busy else "none is begun"
-            say(f"warning: {seconds_left:.0f} s left and a checkpoint takes {self.expected_s():.0f} s here; {instead}")
+            left = "less" if seconds_left is None else f"{seconds_left:.0f} s"
+            say(f"warning: {left} left and a checkpoint takes {self.expected_s():.0f} s here; {instead}")
             self.settle(timeout_s=seconds_left)
+        return self._what_is_safe()
+
+    def _what_is_safe(self) -> str:
         if self.newest is None:
             return "no checkpoint could be written"
         return f"everything up to step {self.newest} is saved in {self.folder}"
@@ -333,7 +357,7 @@ class Checkpoints:
     def _plans(self, tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, layout.Layout, dict[str, torch.Tensor]]]:
         model = {key.removeprefix("model/"): tensor for key, tensor in tensors.items() if key.startswith("model/")}
         rest = {key: tensor for key, tensor in tensors.items() if not key.startswith("model/")}
-        groups = [(MODEL_FILE, model), (f"{self._names(self.ranks.count)}.safetensors", rest)]
+        groups = [(MODEL_FILE, model), (f"{_stem(self.ranks, self.ranks.count)}.safetensors", rest)]
         return [(name, layout.lay_out(members), members) for name, members in groups if members]
 
     def _copy(self, start: int, plan: layout.Layout, members: Mapping[str, torch.Tensor]) -> None:
@@ -382,7 +406,10 @@ class Checkpoints:
     def _listen(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
         for line in process.stdout:
-            reply = json.loads(line)
+            try:
+                reply = json.loads(line)
+            except ValueError:  # it was killed in the middle of a word
+                continue
             order = self._order
             if "warning" in reply:
                 say(f"warning: {reply['warning']}")
@@ -393,6 +420,9 @@ class Checkpoints:
                     self._on_failure(order, reply["failed"])
                 else:
                     self._on_success(order, reply["saved"])
+        order = self._order
+        if order is not None and order.process is process:
+            self._on_failure(order, "the process that writes checkpoints ended")
 
     def _on_success(self, order: _Order, name: str | None) -> None:
         self.measured.size_bytes = order.size_bytes
@@ -402,6 +432,8 @@ class Checkpoints:
         order.done.set()
 
     def _on_failure(self, order: _Order, problem: str) -> None:
+        if order.done.is_set():
+            return
         kept = f"the newest is of step {self.newest}" if self.newest is not None else "there is none yet"
         say(f"warning: no checkpoint at step {order.step}: {problem}. The run goes on; {kept}")
         order.problem = problem

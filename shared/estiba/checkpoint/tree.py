@@ -28,8 +28,12 @@ def flatten(state: Any) -> tuple[dict[str, torch.Tensor], Skeleton]:
     def visit(value: Any, path: str) -> Skeleton:
         if isinstance(value, torch.Tensor):
             name = path
-            while name in tensors:  # {1: tensor, "1": tensor}
+            # {1: tensor, "1": tensor}; and the one name that safetensors keeps for itself
+            while name in tensors or name.removeprefix("model/") == "__metadata__":
                 name += "'"
+            if value.layout is not torch.strided or value.is_quantized or value.device.type == "meta":
+                kind = "quantized" if value.is_quantized else f"{value.layout} on {value.device}"
+                raise CheckpointError(f"state {path}: a tensor that is {kind} cannot be saved; make it dense first")
             tensors[name] = value.detach()
             return {"tensor": name}
         if value is None or isinstance(value, (bool, int, float, str)):
@@ -47,7 +51,9 @@ def flatten(state: Any) -> tuple[dict[str, torch.Tensor], Skeleton]:
             kind = "tuple" if isinstance(value, tuple) else "list"
             return {kind: [visit(item, f"{path}/{index}" if path else str(index)) for index, item in enumerate(value)]}
         if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a numpy scalar
-            return value.item()
+            number = value.item()
+            if isinstance(number, (bool, int, float, str)):  # and not complex, nor a date
+                return number
         raise CheckpointError(
             f"state {path}: a {type(value).__name__} cannot be saved; turn it into tensors, numbers, strings, "
             "lists and dicts in state_dict()"

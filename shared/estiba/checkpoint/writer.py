@@ -26,8 +26,8 @@ from typing import Any
 from estiba.checkpoint import directory, disk
 from estiba.checkpoint.directory import Manifest
 from estiba.checkpoint.remote import Remote
-from estiba.checkpoint.retention import Retention
-from estiba.errors import CheckpointError, EstibaError
+from estiba.checkpoint.retention import LEAST, Retention
+from estiba.errors import CheckpointError, EstibaError, StoreError
 
 PR_SET_PDEATHSIG = 1
 MARGIN_BYTES = 16 << 20
@@ -90,11 +90,12 @@ class Writer:
         step = int(command["step"])
         files = command["files"]  # [{"name", "start", "size"}]
         texts = {name: text.encode() for name, text in command["texts"].items()}
-        size = sum(file["size"] for file in files) + sum(map(len, texts.values()))
-        temporary = self.folder / f"{directory.TEMPORARY_PREFIX}{directory.name_of(step)}-{self.token}"
+        # Each attempt has a folder of its own, in which other ranks may be writing already.
+        hidden = f"{directory.TEMPORARY_PREFIX}{directory.name_of(step)}-{self.token}-{command['number']}"
+        temporary = self.folder / hidden
         if self.rank == 0:
-            self._make_room(size * self.ranks)
-            shutil.rmtree(temporary, ignore_errors=True)
+            directory.clean(self.folder, keep=hidden)  # what a writer before this one left, killed in the middle
+            self._make_room(int(command["needed"]))
         temporary.mkdir(parents=True, exist_ok=True)
         try:
             written: dict[str, Mapping[str, Any]] = {}
@@ -145,7 +146,7 @@ class Writer:
             for name in directory.bad_in(self.folder):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
             if self._free() < size_bytes + MARGIN_BYTES:
-                self._delete(self._surplus(Retention()))
+                self._delete(self._surplus(Retention(keep_last=LEAST)))
         if (free := self._free()) < size_bytes + MARGIN_BYTES:
             raise CheckpointError(
                 f"{self.folder}: {size_bytes / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; "
@@ -186,6 +187,9 @@ class Writer:
                 with self._lock:
                     new_name = directory.set_aside(self.folder, name)
                 answer({"warning": f"{error}; it was written just now, so do not trust this disk (now {new_name})"})
+            except StoreError as error:
+                answer({"warning": f"{error}"})
+                continue
             with self._lock:
                 self._delete(self._surplus(self.retention))
                 for old in directory.bad_in(self.folder)[2:]:
@@ -194,7 +198,9 @@ class Writer:
     def _surplus(self, retention: Retention) -> list[str]:
         found = []
         for name in directory.names_in(self.folder):
-            with contextlib.suppress(CheckpointError):  # what cannot be read is for the next restore to set aside
+            with contextlib.suppress(
+                CheckpointError, StoreError
+            ):  # what cannot be read is for the next restore to set aside
                 found.append((name, directory.read_manifest(self.folder / name)))
         return [name for name in retention.surplus(found, self.verified) if name not in (self._sending, self._newest)]
 

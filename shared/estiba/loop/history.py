@@ -19,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from estiba.errors import StoreError
+from estiba.progress import columns_of
 from estiba.stop import say
 from estiba.store import FileStore
 
@@ -35,13 +36,18 @@ class History:
         self,
         folder: Path | None,
         *,
-        columns: Sequence[str] = (),
-        csv_name: str = "metrics.csv",
+        csv_path: Path | None = None,
+        columns: Sequence[str] | None = None,
         tensorboard: bool = True,
     ) -> None:
-        """`folder` None keeps the rows alone, as ranks other than the first do. `columns` come first in the CSV."""
+        """`folder` None keeps the rows alone, as ranks other than the first do.
+
+        The CSV is `metrics.csv` in there, or at `csv_path`, with every name there is or just `columns`.
+        """
         self.rows: list[Row] = []
-        self._folder, self._columns, self._csv_name = folder, list(columns), csv_name
+        self._is_first = folder is not None
+        self._folder, self._columns = folder, None if columns is None else list(columns)
+        self._csv_path = csv_path or (folder / "metrics.csv" if folder is not None else Path())
         self._events: Any = None
         self._tensorboard = tensorboard
         self._known: list[str] = []
@@ -51,7 +57,8 @@ class History:
         """Begin with the rows of a checkpoint; files are written anew from them."""
         self.rows = [dict(row) for row in rows]
         if self._folder is not None and sys.stderr.isatty():
-            self._bar = tqdm(total=total_steps, initial=step, unit=" steps", dynamic_ncols=True)
+            ncols = None if columns_of(sys.stderr) else 80
+            self._bar = tqdm(total=total_steps, initial=step, unit=" steps", ncols=ncols)
         if self._folder is None:
             return
         try:
@@ -68,21 +75,23 @@ class History:
         self.rows.append(row)
         if len(self.rows) > MOST_ROWS:
             half = len(self.rows) // 2
-            self.rows = [row for index, row in enumerate(self.rows) if index >= half or index % 2 or "loss" not in row]
-        if said and self._bar is None and self._folder is not None:
+            self.rows = [
+                row for index, row in enumerate(self.rows) if index >= half or index % 2 or "train_loss" not in row
+            ]
+        if said and self._bar is None and self._is_first:
             print(" ".join(f"{name}={_plain(value)}" for name, value in row.items() if value is not None), flush=True)
         if self._bar is not None:
-            self._bar.set_postfix({name: _plain(row[name]) for name in ("loss", "val_loss", "lr") if name in row})
+            self._bar.set_postfix({name: _plain(row[name]) for name in ("train_loss", "val_loss", "lr") if name in row})
         if self._folder is None:
             return
         try:
             with open(self._folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(_json_line(row))
-            if set(row) - set(self._known):
+            if self._columns is None and set(row) - set(self._known):
                 self._write_csv()
             else:
-                with open(self._folder / self._csv_name, "a", encoding="utf-8", newline="") as file:
-                    csv.DictWriter(file, self._known).writerow(row)
+                with open(self._csv_path, "a", encoding="utf-8", newline="") as file:
+                    csv.DictWriter(file, self._known, extrasaction="ignore").writerow(row)
             self._write_events(row)
         except (OSError, StoreError) as error:  # a full disk must not end a job for the sake of its diary
             self._give_up(error)
@@ -104,15 +113,15 @@ class History:
 
     def _write_csv(self) -> None:
         assert self._folder is not None
-        names = dict.fromkeys(self._columns)
-        for row in self.rows:
+        names = dict.fromkeys(self._columns or ())
+        for row in self.rows if self._columns is None else ():
             names.update(dict.fromkeys(row))
         self._known = list(names)
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self._known)
+        writer = csv.DictWriter(text, self._known, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(self.rows)
-        FileStore(self._folder).write(self._csv_name, text.getvalue().encode())
+        FileStore(self._csv_path.parent).write(self._csv_path.name, text.getvalue().encode())
 
     def _open_events(self) -> None:
         if not self._tensorboard:

@@ -7,6 +7,7 @@ its random state back; one in an evaluation drops the evaluation, which is held 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -92,7 +93,7 @@ class Loop:
 
     def state(self) -> dict[str, Any]:
         """Everything that decides the rest of the run. Other ranks than the first have their random state to add."""
-        own = {"random": randomness.take(), "scaler": None}
+        own = {"random": randomness.take()}
         if not self.ranks.is_first:
             return own
         return {
@@ -305,7 +306,7 @@ class Loop:
         return bool(self.ranks.from_first(wish))
 
     def _save_last(self) -> None:
-        if self.checkpoints is None or self.checkpoints.newest == self.step:
+        if self.checkpoints is None or self.ranks.from_first(self.checkpoints.newest == self.step):
             return
         self.checkpoints.save(self.step, self.state(), kind="final", metrics=self.metrics, wait=True)
 
@@ -313,12 +314,16 @@ class Loop:
         """Save what can be saved in the time left, and end. Raises Interrupted."""
         if self.checkpoints is None:
             raise self.stop.interrupted("nothing is kept without checkpoints")
-        left = self.stop.seconds_left()
-        left = None if left is None else max(0.0, left - CLEAN_UP_S)
+        # A signal may have come to one rank alone, and its part may be written before the first rank's is.
+        own = self.stop.seconds_left()
+        least = -self.ranks.largest(-(math.inf if own is None else own))[0]
+        left = None if math.isinf(least) else max(0.0, least - CLEAN_UP_S)
+        if not self.stop():
+            self.stop.request("the stop of another rank", seconds_left=least)
         fits = self.ranks.from_first(self.checkpoints.fits(left))
         if self.step == 0:
             safe = "no step was done"
-        elif self.checkpoints.newest == self.step and not self.checkpoints.is_busy:
+        elif self.ranks.from_first(self.checkpoints.newest == self.step and not self.checkpoints.is_busy):
             safe = f"everything up to step {self.step} is saved in {self.checkpoints.folder}"
         else:
             safe = self.checkpoints.save_before_stop(

@@ -96,7 +96,7 @@ class Meter:
         self.seconds_per_step = seconds / max(1, self._steps)
         unit = self._work.unit
         row: dict[str, Any] = {
-            "loss": loss / units_good if units_good else math.nan,
+            "train_loss": loss / units_good if units_good else math.nan,
             "grad_norm": float(self._norm),
             unit: round(self.units_total),
             f"{unit}_per_s": round(rate, 1),

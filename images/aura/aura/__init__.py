@@ -1,0 +1,1 @@
+"""aura: Spanish text -> a language model from scratch."""
