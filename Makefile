@@ -9,6 +9,7 @@ SHELL := bash
 
 export BASE ?= dlc
 export REGISTRY ?=
+export TARGET ?= local
 demo compose drill test test/%: export BASE = local
 
 help: ## this list
@@ -20,7 +21,7 @@ demo: env ## from nothing to vectors: engine, images, a real embedding job, what
 compose: env ## the demo's job over a local S3 server, input and output on s3:// (after make demo)
 	@bash compose/run.sh
 train/%: env ## run images/NAME/job.yaml with the launcher (TARGET=local, ssh://user@host or sagemaker; ARGS=--yes)
-	@.venv/bin/estiba run images/$*/job.yaml --target $(or $(TARGET),local) $(ARGS)
+	@bash scripts/train.sh $* $(ARGS)
 drill: env ## rehearse spot interruptions on one image and count the lost work (IMAGE=embed)
 	@bash scripts/drill.sh $(or $(IMAGE),embed) $(ARGS)
 
@@ -50,7 +51,7 @@ lint: ## ruff, mypy, shellcheck
 format: ## repair what ruff can repair
 	@bash scripts/lint.sh --fix
 bench/%: env ## run benchmarks/NAME.py
-	@.venv/bin/python benchmarks/$*.py
+	@bash scripts/bench.sh $* $(ARGS)
 
 ## Keep
 lock: ## write every lock again (ARGS=--upgrade for newer versions)

@@ -59,8 +59,8 @@ def main() -> int:
 
 
 def measure(files: list[Path], folder: Path, rounds: int, copies: int) -> dict[str, Any]:
-    from aura.documents import read_documents
-    from aura.tokenizer import train_tokenizer
+    from aura.documents import read_documents  # type: ignore[import-not-found,import-untyped]
+    from aura.tokenizer import train_tokenizer  # type: ignore[import-not-found,import-untyped]
 
     text = folder / "text"
     text.mkdir()
@@ -102,7 +102,7 @@ def measure(files: list[Path], folder: Path, rounds: int, copies: int) -> dict[s
 
 
 def ours(text: Path, place: Path, tokenizer: Any) -> Any:
-    from aura.data import prepare
+    from aura.data import prepare  # type: ignore[import-not-found,import-untyped]
     from estiba.stop import Stop
 
     return prepare(
@@ -113,7 +113,7 @@ def ours(text: Path, place: Path, tokenizer: Any) -> Any:
 
 def theirs(text: Path, place: Path, tokenizer: Path) -> Any:
     """As transformers/examples/pytorch/language-modeling/run_clm.py does it."""
-    import datasets
+    import datasets  # type: ignore[import-not-found,import-untyped]
     from transformers import AutoTokenizer
 
     datasets.disable_progress_bars()

@@ -5,7 +5,8 @@
 #   scripts/drill.sh embed --scenario term      # further words go to `estiba drill`
 #
 # embed works on the corpus and model that `make demo` left in runs/demo; without them on a small corpus and a model of
-# one layer, made here in runs/drill. DATASET_URI and MODEL_URI in the environment win over both.
+# one layer, made here in runs/drill. aura works on the corpus that `make train/aura` fetches. DATASET_URI and MODEL_URI
+# in the environment win over all of these.
 # Exit status: 0 PASS, 1 FAIL, 2 a mistake in the call.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -34,5 +35,6 @@ rehearsal.make_input(pathlib.Path(sys.argv[1]), files=12, rows=1000, seed=0)' "$
     export DATASET_URI="${DATASET_URI:-file://$place/input}" MODEL_URI="${MODEL_URI:-file://$place/model}"
 }
 
+bash scripts/data.sh "$name" "$*"
 if [ "$name" = embed ] && [ ! -d runs/demo/input ] && [ -z "${DATASET_URI:-}" ]; then small_embed; fi
 exec .venv/bin/estiba drill "images/$name/job.yaml" "$@"

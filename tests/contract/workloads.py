@@ -179,7 +179,7 @@ def prepare_embed(image: Image, folder: Path) -> Prepared:
 # --- aura ----------------------------------------------------------------------------------------------------------
 
 
-def prepare_aura(image: Image, folder: Path) -> Prepared:  # noqa: ARG001 - it makes its own tokenizer and model
+def prepare_aura(image: Image, folder: Path) -> Prepared:
     """Two files of made-up sentences: a model of one layer for a dozen steps, and one for some hundred."""
     dice = random.Random(0)
     text = folder / "text"

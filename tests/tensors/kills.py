@@ -47,7 +47,7 @@ class Kills:
 
 def kill_again_and_again(folder: Path, *, kills: int, seed: int, shape: str = "small") -> Kills:
     """Start, kill, restore, compare; `kills` times in one folder that lives on."""
-    chance = random.Random(seed)  # noqa: S311
+    chance = random.Random(seed)
     found = Kills()
     folder.mkdir(parents=True, exist_ok=True)
     acknowledged = 0
@@ -89,12 +89,12 @@ def _train(folder: Path, writing: int, shape: str, seed: int) -> None:
     """The killed process. Never returns."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        chance = random.Random(seed)  # noqa: S311
+        chance = random.Random(seed)
 
         def tell(**word: object) -> None:
             os.write(writing, (json.dumps(word) + "\n").encode())
 
-        checkpoints = Checkpoints(folder, retention=Retention(keep_last=2, keep_every=50))
+        checkpoints = Checkpoints(folder, retention=Retention(keep_last=2, keep_every=97))
         restored = checkpoints.restore()
         step = 0
         if restored is not None:

@@ -20,7 +20,11 @@ def state_of(step: int, *, width: int = 64, layers: int = 4) -> dict[str, Any]:
     model = {f"layers.{index}.weight": base * (index + 1) + step for index in range(layers)}
     model["norm.weight"] = torch.full((width,), float(step)).bfloat16()
     moments = {
-        index: {"step": torch.tensor(float(step)), "exp_avg": base / (step + index + 1), "exp_avg_sq": base.square() + step}
+        index: {
+            "step": torch.tensor(float(step)),
+            "exp_avg": base / (step + index + 1),
+            "exp_avg_sq": base.square() + step,
+        }
         for index in range(layers)
     }
     groups = [{"lr": 0.1 / (step + 1), "betas": (0.9, 0.95), "params": list(range(layers))}]
@@ -36,8 +40,10 @@ def is_same(left: Any, right: Any) -> bool:
     if type(left) is not type(right):
         return False
     if isinstance(left, dict):
-        return list(left) == list(right) and [type(key) for key in left] == [type(key) for key in right] and all(
-            is_same(left[key], right[key]) for key in left
+        return (
+            list(left) == list(right)
+            and [type(key) for key in left] == [type(key) for key in right]
+            and all(is_same(left[key], right[key]) for key in left)
         )
     if isinstance(left, (list, tuple)):
         return len(left) == len(right) and all(map(is_same, left, right))

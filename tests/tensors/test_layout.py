@@ -116,7 +116,12 @@ def test_a_tensor_with_the_name_that_the_format_keeps_for_itself_comes_back() ->
 
 def test_the_file_is_one_that_safetensors_reads(tmp_path: Any) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
-    tensors = {"b": torch.tensor([True]), "a": torch.randn(3, 5), "c": torch.randn(7).bfloat16(), "d": torch.tensor(2.5)}
+    tensors = {
+        "b": torch.tensor([True]),
+        "a": torch.randn(3, 5),
+        "c": torch.randn(7).bfloat16(),
+        "d": torch.tensor(2.5),
+    }
     plan = layout.lay_out(tensors)
     buffer = bytearray(plan.size_bytes)
     buffer[: len(plan.header)] = plan.header
@@ -137,7 +142,14 @@ def test_a_file_that_another_program_wrote_is_read(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"\x00" * 7, b"\xff" * 64, (2).to_bytes(8, "little") + b"[]", (2).to_bytes(8, "little") + b"{]", b"PK\x03\x04" * 20],
+    [
+        b"",
+        b"\x00" * 7,
+        b"\xff" * 64,
+        (2).to_bytes(8, "little") + b"[]",
+        (2).to_bytes(8, "little") + b"{]",
+        b"PK\x03\x04" * 20,
+    ],
 )
 def test_bytes_that_are_no_safetensors_file_are_called_that(data: bytes) -> None:
     with pytest.raises(CheckpointError, match="not a safetensors file"):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from estiba.checkpoint import directory, remote
+from estiba.checkpoint import directory
 from estiba.checkpoint.directory import MANIFEST
 from estiba.checkpoint.remote import Remote
 from estiba.checkpoint.retention import Retention
@@ -194,7 +194,7 @@ def test_a_full_disk_here_is_no_reason_to_set_aside_what_is_there(
 
     host = opened(tmp_path / "host", upload=s3_url)
     with monkeypatch.context() as patch:
-        patch.setattr(remote.os, "pwrite", refuse)
+        patch.setattr(os, "pwrite", refuse)
         with pytest.raises(StoreError, match="No space left"):
             host.restore()
     assert Remote(s3_url).names()[0] == "step-00000003"

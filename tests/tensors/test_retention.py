@@ -69,7 +69,9 @@ def test_however_it_is_set_the_newest_and_two_that_verify_stay(
     verified = data.draw(st.sets(st.sampled_from(sorted(steps)))) if steps else set()
     losses = {f"s{step}": data.draw(st.floats()) for step in steps}
     stay = kept(
-        Retention(keep_last=keep_last, keep_every=keep_every, keep_best=keep_best), found(*steps, **losses), list(verified)
+        Retention(keep_last=keep_last, keep_every=keep_every, keep_best=keep_best),
+        found(*steps, **losses),
+        list(verified),
     )
     assert stay[:keep_last] == sorted(steps, reverse=True)[:keep_last]
     assert len(verified & set(stay)) >= min(LEAST, len(verified))

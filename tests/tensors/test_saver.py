@@ -165,9 +165,7 @@ def test_without_a_measure_a_save_before_a_stop_is_tried(opened: Opened) -> None
     assert directory.verify(checkpoints.folder / "step-00000005").kind == "interrupt"
 
 
-def test_what_does_not_fit_by_the_measured_time_is_not_begun(
-    opened: Opened, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_what_does_not_fit_by_the_measured_time_is_not_begun(opened: Opened, capfd: pytest.CaptureFixture[str]) -> None:
     checkpoints = opened()
     checkpoints.save(5, state_of(5), wait=True)
     checkpoints.measured.durable_s = 80.0

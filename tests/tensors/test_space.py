@@ -1,4 +1,4 @@
-"""A disk that is full ends neither the run nor the checkpoints that are there, and saving goes on when there is space."""
+"""A full disk ends neither the run nor the checkpoints that are there, and saving goes on when there is space."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from estiba.checkpoint import directory, disk
 from estiba.checkpoint.retention import Retention
 from estiba.checkpoint.saver import Checkpoints
 from estiba.checkpoint.writer import MARGIN_BYTES, Writer
+from tensors import runs, toy
 from tensors.states import is_same, state_of
 
 Opened = Callable[..., Checkpoints]
@@ -89,7 +90,8 @@ def test_for_want_of_space_old_ones_go_but_never_the_last_two_that_verify(small_
         assert len(names) >= min(step, 2)
         time.sleep(0.15)  # until it was read back
     checkpoints.close()
-    assert [directory.verify(small_disk / "c" / name).step for name in directory.names_in(small_disk / "c")][:2] == [7, 6]
+    newest = directory.names_in(small_disk / "c")[:2]
+    assert [directory.verify(small_disk / "c" / name).step for name in newest] == [7, 6]
 
 
 def test_what_was_set_aside_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,9 +104,7 @@ def test_what_was_set_aside_goes_first(tmp_path: Path, monkeypatch: pytest.Monke
             "retention": {}, "upload": None,
         }
     )  # fmt: skip
-    monkeypatch.setattr(
-        writer, "_free", lambda: 0 if (folder / "bad-step-00000001").exists() else MARGIN_BYTES + 1000
-    )
+    monkeypatch.setattr(writer, "_free", lambda: 0 if (folder / "bad-step-00000001").exists() else MARGIN_BYTES + 1000)
     writer._make_room(900)
     assert not (folder / "bad-step-00000001").exists()
 
@@ -114,3 +114,25 @@ def test_a_full_disk_is_found_before_the_first_byte_is_written(small_disk: Path)
     with pytest.raises(OSError, match="No space left"):
         disk.write(small_disk / "x", memory, 0, 80 << 20)
     assert (small_disk / "x").stat().st_size == 0 or (small_disk / "x").stat().st_blocks == 0
+
+
+def test_a_run_on_a_full_disk_goes_on_to_its_end(
+    small_disk: Path, opened: Opened, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Neither checkpoints nor metrics can be written, and the weights are those of any other run."""
+    whole = toy.Toy()
+    loop = runs.make(None, whole)
+    loop.resume(None)
+    loop.run()
+    checkpoints = opened(small_disk / "c")
+    with open(small_disk / "somebody's", "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(small_disk).free)
+    work = toy.Toy()
+    loop = runs.make(small_disk, work, checkpoints=checkpoints)
+    loop.resume(checkpoints.restore())
+    loop.run()
+    assert loop.step == runs.STEPS and toy.digest(work.model) == toy.digest(whole.model)
+    err = capfd.readouterr().err
+    assert f"no checkpoint at step {runs.STEPS}" in err and "there is none yet" in err
+    assert err.count("metrics are no longer written there") == 1
+    checkpoints.close()

@@ -1,4 +1,4 @@
-"""Every byte is compared before it is used; what does not verify is set aside, and the checkpoint before it is taken."""
+"""Every byte is compared before it is used; what does not verify is set aside and the checkpoint before it taken."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_untouched_it_comes_back(copy: Path, opened: Opened, capfd: pytest.Captu
 def test_one_flipped_bit_anywhere_is_caught_and_the_one_before_is_taken(
     copy: Path, opened: Opened, capfd: pytest.CaptureFixture[str], name: str
 ) -> None:
-    chance = random.Random(name)  # noqa: S311
+    chance = random.Random(name)
     path = copy / "step-00000003" / name
     size = path.stat().st_size
     places = [0, size * 8 - 1, *(chance.randrange(size * 8) for _ in range(6))]

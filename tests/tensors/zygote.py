@@ -10,14 +10,18 @@ import os
 import sys
 import traceback
 
-import torch.nn.parallel  # what toys need beyond their own imports
-
 from tensors import toy
-
-del torch
 
 
 def main() -> None:
+    import torch
+    import torch._dynamo
+    import torch.distributed.nn  # both are imported by the first step of an optimizer or of two ranks
+
+    warm = toy.Toy()
+    for parameter in warm.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    warm.optimizer.step()
     for line in sys.stdin:
         command = json.loads(line)
         if "wait" in command:

@@ -19,9 +19,7 @@ _POLL_S = 0.2
 Packed = tuple[Unit, str, bytes]
 
 
-def pack_here(
-    units: Iterable[tuple[str, Unit]], recipe: Recipe, should_stop: Callable[[], bool]
-) -> Iterator[Packed]:
+def pack_here(units: Iterable[tuple[str, Unit]], recipe: Recipe, should_stop: Callable[[], bool]) -> Iterator[Packed]:
     """Pack in this process, on all cores where the tokenizer uses them. Ends early when it is to stop."""
     packer = Packer(recipe)
     for name, unit in units:
@@ -55,7 +53,9 @@ def pack_in_processes(
             process.join()
 
 
-def _feed(units: Iterator[tuple[str, Unit]], crew: list[tuple[Any, Any]], should_stop: Callable[[], bool]) -> Iterator[Packed]:
+def _feed(
+    units: Iterator[tuple[str, Unit]], crew: list[tuple[Any, Any]], should_stop: Callable[[], bool]
+) -> Iterator[Packed]:
     busy: dict[Any, tuple[str, Unit]] = {}
     idle = [pipe for _, pipe in crew]
     following = next(units, None)  # read ahead while all are at work
@@ -68,9 +68,10 @@ def _feed(units: Iterator[tuple[str, Unit]], crew: list[tuple[Any, Any]], should
             with suppress(OSError):  # dead: its end of the pipe says so below
                 pipe.send(following[1])
             following = next(units, None)
-        for pipe in connection.wait(list(busy), timeout=_POLL_S):
+        ready: list[Any] = connection.wait(list(busy), timeout=_POLL_S)
+        for pipe in ready:
             try:
-                answer = pipe.recv()  # type: ignore[union-attr]
+                answer = pipe.recv()
             except (EOFError, OSError):
                 process = next(process for process, own in crew if own is pipe)
                 process.join(timeout=5)

@@ -215,17 +215,18 @@ def prepare(
     }
     train, validation = sides["train"], sides["validation"]
     if counts.empty_documents:
-        say(f"input: {counts.empty_documents} of {counts.documents + counts.empty_documents} documents are empty; left out")
+        of = counts.documents + counts.empty_documents
+        say(f"input: {counts.empty_documents} of {of} documents are empty; left out")
     if not len(train):
         raise DataError(
-            f"{dataset_path}: {train.tokens} tokens to train on make no window of {seq_length} + 1; give more text, or a "
-            f"--seq_length of at most {max(1, train.tokens - 1)}"
+            f"{dataset_path}: {train.tokens} tokens to train on make no window of {seq_length} + 1; give more text, or "
+            f"a --seq_length of at most {max(1, train.tokens - 1)}"
         )
     if validation_split and not len(validation):
         say(
-            f"warning: the {counts.validation_documents} of {counts.documents} documents that --validation_split "
-            f"{validation_split:g} holds out have {validation.tokens} tokens, too few for a window of {seq_length} + 1: "
-            "no validation loss; raise the split, or give 0 to hold out nothing"
+            f"warning: --validation_split {validation_split:g} holds out {counts.validation_documents} of "
+            f"{counts.documents} documents, {validation.tokens} tokens, too few for a window of {seq_length} + 1: no "
+            "validation loss; raise the split, or give 0 to hold out nothing"
         )
     identity = xxhash.xxh3_64_hexdigest(f"{train.identity} {validation.identity}".encode())
     return Corpus(train=train, validation=validation, identity=identity, counts=counts, files=len(sources))

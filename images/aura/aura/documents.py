@@ -70,12 +70,14 @@ def stretches(source: Source, text_format: TextFormat) -> Iterator[Stretch]:
         form = form_of(data[:SAMPLE_BYTES], source.kind, text_format)
         line, raw = 1, 0
         more = True
-        while data or more:
+        while True:
             while more and len(data) < STRETCH_BYTES:
                 part = stream.read(STRETCH_BYTES)
                 more = bool(part)
                 data += _without_cr(part, stream.read)
-            end = len(data) if not more and len(data) <= STRETCH_BYTES else _stretch_end(data, form)
+            if not data:
+                break
+            end = _stretch_end(data, form) if more or len(data) > STRETCH_BYTES else len(data)
             while end == 0:  # one line longer than a stretch
                 part = stream.read(STRETCH_BYTES)
                 if not part:
@@ -90,8 +92,6 @@ def stretches(source: Source, text_format: TextFormat) -> Iterator[Stretch]:
                     newline = part.find(b"\n")
                     end = len(data) + newline + 1 if newline >= 0 else 0
                     data += part
-            if not data:
-                break
             at = stream.raw_position()
             yield Stretch(source.url, form, line, data[:end], at - raw)
             raw = at
@@ -171,12 +171,10 @@ def _stretch_end(data: bytes, form: Form) -> int:
 
 
 def _normal(data: bytes, read: Callable[[int], bytes], source: Source) -> bytes:
-    """Without a byte order mark, lines ended by a line feed. Raises DataError for text that is not UTF-8 at a glance."""
+    """Without a byte order mark, lines ended by a line feed. Raises DataError for what is no UTF-8 at a glance."""
     for mark, name in _BOMS.items():
         if data.startswith(mark):
-            raise DataError(
-                f"{source.url}: is {name}, not UTF-8; convert it: iconv -f {name} -t UTF-8 OLD > NEW"
-            )
+            raise DataError(f"{source.url}: is {name}, not UTF-8; convert it: iconv -f {name} -t UTF-8 OLD > NEW")
     head = data[:4096]
     if head.count(0) * 10 > len(head):
         raise DataError(
@@ -244,7 +242,7 @@ def _json_text(line: bytes, stretch: Stretch, number: int) -> str:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{where} is not JSON ({error}); each line has to be one object such as {{\"text\": \"...\"}}"
+            f'{where} is not JSON ({error}); each line has to be one object such as {{"text": "..."}}'
         ) from error
     if not isinstance(record, dict):
         raise DataError(

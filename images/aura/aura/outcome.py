@@ -81,4 +81,5 @@ def interrupted(loop: Loop, folder: Path, stop: Stop) -> None:
 
 
 def sample_lines(step: int, text: str) -> str:
-    return f"sample at step {step}: {text}"
+    """One line, whatever the text holds."""
+    return f"sample at step {step}: {' '.join(text.split())}"

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, fields
 import numpy as np
 import xxhash
 
-from aura.documents import STRETCH_BYTES, Document, Stretch, TextFormat, documents_in, stretches
+from aura import documents
+from aura.documents import Document, Stretch, TextFormat, documents_in, stretches
 from aura.encoder import Encoder
 from aura.sources import Source
 
@@ -84,7 +85,7 @@ def units_of(sources: Sequence[Source], text_format: TextFormat) -> Iterator[Uni
     size = 0
     for source in sources:
         for stretch in stretches(source, text_format):
-            if waiting and size + len(stretch.data) > STRETCH_BYTES:
+            if waiting and size + len(stretch.data) > documents.STRETCH_BYTES:
                 yield Unit(tuple(waiting))
                 waiting, size = [], 0
             waiting.append(stretch)

@@ -94,14 +94,10 @@ def _convert(proto: sentencepiece_model_pb2.ModelProto) -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.Metaspace(
         prepend_scheme="first" if prefix == "first" else "never", split=is_by_word
     )
-    backend.add_tokens(
-        [AddedToken(piece.piece, normalized=False, special=piece.type == _CONTROL) for piece in added]
-    )
+    backend.add_tokens([AddedToken(piece.piece, normalized=False, special=piece.type == _CONTROL) for piece in added])
     backend.encode_special_tokens = True
     end = [decoders.Strip(" ", 1, 0)] if rules.add_dummy_prefix else []
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *end]
-    )
+    backend.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *end])
     return backend
 
 

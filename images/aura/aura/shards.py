@@ -1,9 +1,9 @@
-"""Text to packed shards: token ids in files that are made once, verified whenever they are opened, and mapped, not read.
+"""Text to packed shards: token ids in files that are made once, verified whenever they are opened, and mapped.
 
 A unit is a few megabytes of text; it becomes one shard, `<unit>.<xxh3-128>.tokens`: the training ids, then the held-out
-ids, then a footer of counts. A unit's name is a digest of its text, and the folder's of tokenizer and split, so the same
-input gives the same files whatever the number of processes, a killed run goes on where it was, and a changed input
-makes only what changed again.
+ids, then a footer of counts. A unit's name is a digest of its text, and the folder's of tokenizer and split, so the
+same input gives the same files whatever the number of processes, a killed run goes on where it was, and a changed
+input makes only what changed again.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ import numpy as np
 import torch
 import xxhash
 
+from aura import documents
 from aura.crew import pack_here, pack_in_processes
-from aura.documents import STRETCH_BYTES, TextFormat
+from aura.documents import TextFormat
 from aura.packing import Counts, Recipe, Unit, units_of
 from aura.sources import Source
-from estiba.errors import CheckpointError, DataError
+from estiba.errors import CheckpointError
 from estiba.progress import Progress
 from estiba.stop import Stop, say
 from estiba.store import TEMPORARY_SUFFIX, FileStore
@@ -65,7 +66,7 @@ def pack(
 ) -> list[Shard]:
     """Every shard of the text, in the text's order; those that are there already are used.
 
-    Raises DataError (file and line), Interrupted when asked to stop, CheckpointError where the disk does not keep bytes.
+    Raises DataError (file and line), Interrupted when asked to stop, CheckpointError where the disk loses bytes.
     """
     with _held(folder, stop):
         cabinet = Cabinet(folder / f"text-{recipe.identity}", recipe)
@@ -178,7 +179,7 @@ def _make(sources: Sequence[Source], text_format: TextFormat, cabinet: Cabinet, 
                 return
 
     # Processes take a second to start, in which a small input is done; and the tokenizer has threads of its own.
-    if workers > 1 and total > 2 * STRETCH_BYTES:
+    if workers > 1 and total > documents.STRETCH_BYTES:
         packed = pack_in_processes(missing(), cabinet.recipe, workers, stop)
     else:
         packed = pack_here(missing(), cabinet.recipe, stop)
@@ -213,7 +214,7 @@ def _opened(path: Path, unit: str, digest: str, recipe: Recipe) -> Shard | None:
 
 def _signature(sources: Sequence[Source], text_format: TextFormat) -> str:
     seen = [[source.url, source.size_bytes, source.version, source.kind] for source in sources]
-    return xxhash.xxh3_128_hexdigest(json.dumps([text_format, STRETCH_BYTES, seen]).encode())
+    return xxhash.xxh3_128_hexdigest(json.dumps([text_format, documents.STRETCH_BYTES, seen]).encode())
 
 
 @contextlib.contextmanager

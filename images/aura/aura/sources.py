@@ -207,8 +207,8 @@ def kind_named(location: str) -> Kind:
         name = location.rpartition("/")[2]
         if "." in name.strip("."):
             raise ConfigError(
-                f"dataset_path {location!r}: not a kind of file that is read here; give .txt (running text or a document "
-                "a line) or .jsonl (objects with `text`), also with .gz or .zst behind, or rename it"
+                f"dataset_path {location!r}: not a kind of file that is read here; give .txt (running text or a "
+                "document a line) or .jsonl (objects with `text`), also with .gz or .zst behind, or rename it"
             )
         return "text"
     return kind

@@ -37,9 +37,7 @@ _LEAST_VOCABULARY = 256 + 2
 
 # Words with the character before them, marks inside words, each digit alone, runs of punctuation, line ends, spaces:
 # as in GPT-4's, without its English contractions. Source: tiktoken's cl100k_base.
-SPANISH_WORDS = (
-    r"[^\r\n\p{L}\p{N}]?\p{L}[\p{L}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+SPANISH_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}[\p{L}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 class Tokenizer:
@@ -102,7 +100,7 @@ def backend_from(text: str) -> Backend:
 
 
 def load_tokenizer(name_or_path: str) -> Tokenizer:
-    """A directory, hub id, s3:// directory, tokenizer.json or SentencePiece model. Raises ConfigError with the remedy."""
+    """A directory, hub id, s3:// directory, tokenizer.json or SentencePiece model. Raises ConfigError."""
     if "://" in name_or_path:
         with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
             try:

@@ -302,9 +302,10 @@ class Checkpoints:
         return self._what_is_safe()
 
     def _what_is_safe(self) -> str:
-        if self.newest is None:
+        newest = self.ranks.from_first(self.newest)  # another rank knows of its own part alone
+        if newest is None:
             return "no checkpoint could be written"
-        return f"everything up to step {self.newest} is saved in {self.folder}"
+        return f"everything up to step {newest} is saved in {self.folder}"
 
     def fits(self, seconds_left: float | None) -> bool:
         """Whether a checkpoint that begins now would be durable in time; True where nothing was measured yet."""

@@ -53,6 +53,7 @@ class Meter:
         self._peak = peak_flops(device, dtype)
         self._devices = devices
         self._started = 0.0
+        self._seconds_before = 0.0
         self._loss = self._units_good = self._bad = self._norm = torch.zeros((), dtype=torch.float64)
         self._units, self._steps = 0.0, 0
         self.units_total = 0.0
@@ -60,7 +61,7 @@ class Meter:
         self.seconds_per_step: float | None = None
 
     def start(self) -> None:
-        self._started = time.monotonic()
+        self._started = time.monotonic() - self._seconds_before
 
     def add(self, loss_sum: torch.Tensor, norm: torch.Tensor, units_here: int, units: float) -> None:
         """One step: the summed loss and units of this rank, and the units of all."""
@@ -117,6 +118,7 @@ class Meter:
             "units_good": float(self._units_good),
             "bad": float(self._bad),
             "units": self._units,
+            "seconds": time.monotonic() - self._started if self._started else 0.0,
             "steps": self._steps,
         }
 
@@ -126,6 +128,7 @@ class Meter:
         self._units_good = torch.tensor(state["units_good"], dtype=torch.float64)
         self._bad = torch.tensor(state["bad"], dtype=torch.float64)
         self._units, self._steps = state["units"], state["steps"]
+        self._seconds_before = state.get("seconds", 0.0)  # else the row after a resume counts units and not their time
 
     def _clear(self) -> None:
         zero = torch.zeros((), dtype=torch.float64)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import random
 
-_WHO = "El contramaestre,La capitana,Un marinero viejo,La niña,El cocinero,Mi abuela,El piloto,Nadie,La tripulación".split(",")
+_WHO = (
+    "El contramaestre,La capitana,Un marinero viejo,La niña,El cocinero,Mi abuela,El piloto,Nadie,La tripulación".split(
+        ","
+    )
+)
 _DID = "revisó,olvidó,buscó,perdió,encontró,pintó,arrió,izó,contó,vigiló,remendó,aborreció,añoró,midió".split(",")
-_WHAT = "las trincas,el ancla,la vela mayor,los cabos,la bodega,el timón,la brújula,las cuadernas,el pingüino".split(",")
+_WHAT = "las trincas,el ancla,la vela mayor,los cabos,la bodega,el timón,la brújula,las cuadernas,el pingüino".split(
+    ","
+)
 _WHEN = "al alba,con la marea,dos veces,a las 12:45,sin decir palabra,en 1909,entre la niebla,por 12,40 €".split(",")
-_END = (".", ".", ".", "!", "…", "; nadie preguntó.", ", ¿verdad?", ' («siempre igual», decía).')
+_END = (".", ".", ".", "!", "…", "; nadie preguntó.", ", ¿verdad?", " («siempre igual», decía).")
 
 
 def sentence(chance: random.Random) -> str:

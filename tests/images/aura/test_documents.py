@@ -16,7 +16,9 @@ from aura.documents import BLOCK_BYTES, PIECE_BYTES, STRETCH_BYTES, documents_in
 from aura.sources import find_sources
 from estiba.errors import ConfigError, DataError
 
-PROSE = "Zarpamos al alba, con la bodega bien estibada.\nEl viento venía por la aleta.\n\nNadie habló hasta el mediodía.\n"
+PROSE = (
+    "Zarpamos al alba, con la bodega bien estibada.\nEl viento venía por la aleta.\n\nNadie habló hasta el mediodía.\n"
+)
 
 
 def texts(path: Path | str, text_format: documents.TextFormat = "auto") -> list[str]:
@@ -199,6 +201,13 @@ def test_one_line_of_100_mb_is_read_in_little_memory(tmp_path: Path) -> None:
         tracemalloc.stop()
     assert size == path.stat().st_size
     assert peak < 5 * STRETCH_BYTES
+
+
+def test_one_line_longer_than_a_stretch_is_one_document(tmp_path: Path, small_stretches: int) -> None:
+    long = "una palabra " * 9000
+    for text in (long, long + "\n", f"corta.\n{long}\notra.\n", f"{long}\n{long}"):
+        (tmp_path / "a.txt").write_text(text, "utf-8")
+        assert texts(tmp_path, "lines") == text.removesuffix("\n").split("\n")
 
 
 def test_a_line_too_long_to_be_a_document_is_refused(

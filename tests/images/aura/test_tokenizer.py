@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sailors import lines, paragraphs
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from aura.encoder import Encoder, parts_at_spaces
-from aura.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from aura.tokenizer import SPANISH_WORDS, Tokenizer, load_tokenizer, train_tokenizer
 from estiba.errors import ConfigError
-from sailors import lines, paragraphs
 
 PROBE = "¿Cuántos nudos hacía la goleta en 1909?\n\nNo lo sé: «</s>» <pad> pingüino 🚢  fin."
 
@@ -64,7 +64,7 @@ def test_training_gives_the_same_bytes_in_another_process(tmp_path: Path) -> Non
     for name in ("one", "two"):
         subprocess.run([sys.executable, "-c", program, str(tmp_path / name)], check=True, env={
             "PYTHONPATH": ":".join(sys.path), "RAYON_NUM_THREADS": "1" if name == "one" else "3",
-            "PYTHONHASHSEED": name[:0] or "random", "HOME": str(tmp_path),
+            "PYTHONHASHSEED": "random", "HOME": str(tmp_path),
         })  # fmt: skip
     assert (tmp_path / "one/tokenizer.json").read_bytes() == (tmp_path / "two/tokenizer.json").read_bytes()
 
@@ -74,7 +74,7 @@ def test_truncation_and_padding_that_a_file_was_saved_with_are_gone(
 ) -> None:
     backend = Backend.from_file(str(spanish[1] / "tokenizer.json"))
     backend.enable_truncation(8)
-    backend.enable_padding(length=8)
+    backend.enable_padding(length=8, pad_id=0, pad_token="<pad>")
     backend.save(str(tmp_path / "tokenizer.json"))
     loaded = load_tokenizer(str(tmp_path / "tokenizer.json"))
     assert [len(ids) > 8 for ids in loaded.encode_batch([PROBE, "a"])] == [True, False]
@@ -143,7 +143,7 @@ def test_a_sentencepiece_model_gives_sentencepieces_own_ids(tmp_path: Path, kind
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda path: None, "no such file or directory"),
+        (lambda _: None, "no such file or directory"),
         (lambda path: path.mkdir(), "no tokenizer.json and no .model there (found nothing)"),
         (lambda path: path.write_text("hola"), "is not a SentencePiece model"),
         (lambda path: path.write_bytes(b""), "is not a SentencePiece model"),
@@ -187,15 +187,16 @@ _LLAMA3 = (
     r"\s+(?!\S)|\s+"
 )
 BACKENDS = {
-    "ours": lambda: _byte_level(__import__("aura.tokenizer", fromlist=["x"]).SPANISH_WORDS),
+    "ours": lambda: _byte_level(SPANISH_WORDS),
     "gpt2": lambda: _byte_level(None),
     "digits": lambda: _byte_level(None, digits=True),
     "llama3": lambda: _byte_level(_LLAMA3),
     "qwen": lambda: _byte_level(_LLAMA3.replace("{1,3}", "")),
 }
+_ODD = "\u00a0 \u2003 \u0301 \u0085 \u180e \ufeff \x1c ǅ · ´ « — ¿ 🚢 中文".split(" ")
 PIECES = st.sampled_from(
-    [" ", " ", " ", "  ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u2003", "a", "Ñandú", "e\u0301", "\u0301", "1909", "12", ",",
-     ".", "¿", "'s", "'S", "</s>", "<pad>", "🚢", "中文", "\u0085", "\u180e", "\ufeff", "\x1c", "«", "—", "ǅ", "·", "´", "x" * 60]
+    [" ", " ", " ", "  ", "\n", "\n\n", "\t", "\r\n", "a", "Ñandú", "e\u0301", "1909", "12", ",", ".", "'s", "'S",
+     "</s>", "<pad>", "x" * 60, *_ODD]
 )  # fmt: skip
 
 
@@ -243,7 +244,11 @@ def test_rules_that_are_not_known_are_not_trusted_with_words() -> None:
         {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}},
         {"model": known["model"] | {"dropout": 0.1}},
         {"model": {"type": "Unigram"}},
-        {"added_tokens": [{"content": "a b", "special": False, "lstrip": False, "rstrip": False, "single_word": False}]},
+        {
+            "added_tokens": [
+                {"content": "a b", "special": False, "lstrip": False, "rstrip": False, "single_word": False}
+            ]
+        },
     ):
         assert not parts_at_spaces(known | change), change
     other = json.loads(json.dumps(known))
@@ -257,7 +262,10 @@ def test_a_unigram_model_that_knows_the_end_as_a_piece_still_does_not_end_a_docu
     backend.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
     encoder = Encoder(
-        backend_json=tokenizer.backend_json(), eos_id=tokenizer.eos_id, eos_text=tokenizer.eos_text, dtype=np.dtype("<u2")
+        backend_json=tokenizer.backend_json(),
+        eos_id=tokenizer.eos_id,
+        eos_text=tokenizer.eos_text,
+        dtype=np.dtype("<u2"),
     )
     assert tokenizer.eos_id in tokenizer.encode("ab</s>c")  # what the library gives
     (ids,) = encoder.encode(["ab</s>c</s>"])

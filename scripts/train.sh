@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Run images/NAME/job.yaml with the launcher; locally, with the image and the data that its defaults name.
+#
+#   scripts/train.sh aura                         # TARGET=local: image built, corpus fetched where they are missing
+#   TARGET=ssh://user@host scripts/train.sh aura --set DATASET_URI=s3://...
+#
+# Exit status: that of `estiba run`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ -x .venv/bin/estiba ] || bash scripts/env.sh
+
+name="${1:?the name of an image, such as aura}"
+shift
+[ -f "images/$name/job.yaml" ] || { echo "train: images/$name/job.yaml: not there; name an image that has one" >&2; exit 2; }
+if [ "${TARGET:-local}" = local ]; then
+    image="${IMAGE:-estiba/$name:local}"
+    docker image inspect "$image" >/dev/null 2>&1 || { bash scripts/engine.sh && BASE=local bash scripts/build.sh "$name"; }
+    bash scripts/data.sh "$name" "$*"
+    set -- --yes "$@" # no bill to agree to
+fi
+exec .venv/bin/estiba run "images/$name/job.yaml" --target "${TARGET:-local}" "$@"

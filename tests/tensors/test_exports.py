@@ -1,0 +1,139 @@
+"""Checkpoints in other tools' forms, and back."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from estiba.checkpoint.exports import export_dcp, export_pt, import_pt
+from estiba.checkpoint.saver import Checkpoints
+from estiba.errors import CheckpointError
+from estiba.loop import randomness
+from tensors import runs
+from tensors.states import is_same, state_of
+from tensors.toy import Toy, digest
+
+
+def full_state() -> dict[str, Any]:
+    return {**state_of(5), "random": randomness.take(), "scaler": None, "plan": {"seed": 42}}
+
+
+def test_an_export_is_what_torch_load_takes_with_weights_only_and_a_resume_too(tmp_path: Path) -> None:
+    state = full_state()
+    export_pt(state, tmp_path / "checkpoint-step-5.pt", {"config": {"layers": 4}})
+    content = torch.load(tmp_path / "checkpoint-step-5.pt", weights_only=True)
+    assert content["step"] == 5 and content["config"] == {"layers": 4}
+    assert is_same(content["model_state_dict"], state["model"])
+    assert is_same(content["optimizer_state_dict"], state["optimizer"])
+    back = import_pt(tmp_path / "checkpoint-step-5.pt")
+    assert set(back) == set(state) and all(is_same(back[name], state[name]) for name in state)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-step-5.pt"]
+
+
+def test_a_restored_checkpoint_can_be_exported_and_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    whole, _ = runs.attempt(tmp_path / "whole")
+    runs.attempt(tmp_path / "run", ("micro", 7, 1))
+    checkpoints = Checkpoints(tmp_path / "run/checkpoints")
+    found = checkpoints.restore()
+    assert found is not None
+    export_pt(found.state, tmp_path / "x.pt")
+    checkpoints.close()
+    work = Toy()
+    loop = runs.make(tmp_path, work)
+    loop.resume(replace(found, state=import_pt(tmp_path / "x.pt")))
+    loop.run()
+    assert digest(work.model) == whole
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ([1, 2], "holds a list; a checkpoint is a dict"),
+        ({"epoch": 3}, r"has no 'model_state_dict' \(found \['epoch'\]\)"),
+        ({}, "has no 'model_state_dict'"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_refused_with_what_it_holds(tmp_path: Path, content: Any, words: str) -> None:
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=words):
+        import_pt(tmp_path / "x.pt")
+
+
+class Surprise:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("surprise",)
+
+
+def test_code_in_a_file_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model_state_dict": Surprise()}, "x.pt")
+    with pytest.raises(CheckpointError, match="not a file of tensors and plain values"):
+        import_pt(tmp_path / "x.pt")
+    assert not (tmp_path / "surprise").exists()
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04", b"hello, world", b"\x80\x02]q\x00."])
+def test_bytes_that_are_no_file_of_torch_are_refused(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "x.pt").write_bytes(damage)
+    with pytest.raises(CheckpointError):
+        import_pt(tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="No such file"):
+        import_pt(tmp_path / "absent.pt")
+    with pytest.raises(CheckpointError):
+        import_pt(tmp_path)
+
+
+def test_a_cut_file_is_refused(tmp_path: Path) -> None:
+    export_pt(full_state(), tmp_path / "x.pt")
+    size = (tmp_path / "x.pt").stat().st_size
+    for length in (size - 1, size // 2, 100):
+        os.truncate(tmp_path / "x.pt", length)
+        with pytest.raises(CheckpointError):
+            import_pt(tmp_path / "x.pt")
+
+
+def test_weights_of_another_program_are_a_model_alone(tmp_path: Path) -> None:
+    model = state_of(5)["model"]
+    torch.save(model, tmp_path / "bare.pt")
+    torch.save({"model_state_dict": model, "epoch": 3}, tmp_path / "theirs.pt")
+    for name in ("bare.pt", "theirs.pt"):
+        assert is_same(dict(import_pt(tmp_path / name)["model"]), model)
+        assert set(import_pt(tmp_path / name)) == {"model"}
+
+
+def test_what_torch_distributed_loads_from_an_export_is_what_was_saved(tmp_path: Path) -> None:
+    dcp = pytest.importorskip("torch.distributed.checkpoint")
+    state = full_state()
+    export_dcp(state, tmp_path / "dcp")
+    target = {"model": {name: torch.zeros_like(tensor) for name, tensor in state["model"].items()}}
+    dcp.load(target, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    assert is_same(target["model"], state["model"])
+    with pytest.raises(CheckpointError, match="is there already"):
+        export_dcp(state, tmp_path / "dcp")
+
+
+def test_an_export_replaces_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export_pt(full_state(), tmp_path / "x.pt")
+    before = (tmp_path / "x.pt").read_bytes()
+
+    def fail(content: Any, file: Any) -> None:
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fail)
+        with pytest.raises(KeyboardInterrupt):
+            export_pt(full_state(), tmp_path / "x.pt")
+    assert (tmp_path / "x.pt").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="not exported"):
+        export_dcp(full_state(), tmp_path / "file/dcp")
