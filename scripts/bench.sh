@@ -17,12 +17,12 @@ if [ -n "${BENCH_PYTHON:-}" ]; then
     python="$BENCH_PYTHON"
 elif grep -q '^ *import torch$' "$program"; then
     python=.build/bench/bin/python
-    want="$(cat benchmarks/requirements.txt images/base/torch.txt | sha256sum)"
+    want="$(cat benchmarks/peers.txt images/base/torch.txt | sha256sum)"
     if [ "$(cat .build/bench/made-of 2>/dev/null)" != "$want" ]; then
         echo "bench: installing torch and the peers into .build/bench, some minutes once" >&2
         "$TOOLS_PYTHON" -m venv --clear .build/bench
         "$python" -m pip install --quiet --disable-pip-version-check -r images/base/torch.txt
-        "$python" -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements.txt
+        "$python" -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/peers.txt
         printf '%s' "$want" >.build/bench/made-of
     fi
 else
