@@ -26,7 +26,8 @@ inside() { # image, pytest's words
     docker info --format '{{json .Runtimes}}' | grep -q nvidia && gpu=(--gpus all)
     [ $# -gt 0 ] || set -- -q
     echo "test: $image, inside estiba/$image-test:local" >&2
-    docker run --rm "${gpu[@]}" "estiba/$image-test:local" "$@"
+    # /small-disk: one that tests may fill.
+    docker run --rm --tmpfs /small-disk:size=64m,mode=1777 "${gpu[@]}" "estiba/$image-test:local" "$@"
 }
 
 room="${1:-all}"

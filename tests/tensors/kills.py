@@ -21,6 +21,7 @@ from pathlib import Path
 from estiba.checkpoint import directory
 from estiba.checkpoint.retention import Retention
 from estiba.checkpoint.saver import Checkpoints
+from estiba.errors import EstibaError
 from tensors.states import is_same, state_of
 
 LONGEST_S = 1.6
@@ -80,7 +81,11 @@ def kill_again_and_again(folder: Path, *, kills: int, seed: int, shape: str = "s
         found.phases[phase] = found.phases.get(phase, 0) + 1
         _wait_for_the_end_of(writers)
         acknowledged = max([acknowledged, *saved])
-        if problem := _problem(folder, acknowledged, shape, found):
+        try:
+            problem = _problem(folder, acknowledged, shape, found)
+        except EstibaError as error:
+            problem = str(error)
+        if problem:
             found.unrecoverable.append(f"kill {found.kills}: {problem}")
     return found
 

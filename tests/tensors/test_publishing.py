@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,7 +57,8 @@ def test_a_fault_anywhere_before_the_name_leaves_no_checkpoint_and_the_next_is_w
         elif fault == "fsync":
             patch.setattr(os, "fsync", fail)
         elif fault == "manifest":
-            patch.setattr(Manifest, "to_bytes", fail)
+            real = Manifest.to_bytes
+            patch.setattr(Manifest, "to_bytes", lambda manifest: fail() if manifest.step == 2 else real(manifest))
         elif fault == "rename":
             patch.setattr(os, "rename", fail)
         elif fault == "parent":
@@ -179,6 +182,16 @@ def test_the_writer_dies_with_its_trainer(tmp_path: Path, until: Callable[[Calla
             return True
 
     until(is_gone)
+
+
+def test_a_lock_that_a_killed_trainer_s_child_still_holds_for_a_moment_is_waited_for(
+    tmp_path: Path, opened: Opened
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with open(tmp_path / "checkpoints/.training.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        threading.Timer(0.5, fcntl.flock, (file, fcntl.LOCK_UN)).start()
+        assert opened().restore() is None
 
 
 def test_two_jobs_cannot_share_a_folder(opened: Opened) -> None:

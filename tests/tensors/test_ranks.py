@@ -124,10 +124,13 @@ def test_a_part_that_never_comes_costs_that_save_alone_and_is_not_mistaken_for_t
     assert not [name for name in os.listdir(tmp_path) if name.startswith(directory.TEMPORARY_PREFIX)]
 
 
-def test_a_part_of_another_rank_is_verified_like_any_other(tmp_path: Path) -> None:
+def test_a_part_of_another_rank_is_verified_like_any_other(
+    tmp_path: Path, until: Callable[[Callable[[], Any]], Any]
+) -> None:
     writers = [writer_of(tmp_path, rank) for rank in range(2)]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda rank: writers[rank].save(command(rank)), (0, 1)))
+    until(lambda: writers[0].verified)  # it has been read back
     assert json.loads((tmp_path / "step-00000003/manifest.json").read_text())["ranks"] == 2
     (tmp_path / "step-00000003/state-00001.json").write_bytes(b"part 1 of 9")
     with pytest.raises(CheckpointError, match=r"state-00001\.json: its bytes do not match"):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import xxhash
 
 from aura.config import AuraConfig
 from aura.documents import read_documents
@@ -16,6 +20,7 @@ from aura.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from estiba.errors import ConfigError
 from estiba.loop.schedule import Schedule
 from estiba.stop import say
+from estiba.store import sync_directory
 
 TRAINED_ON_BYTES = 200 * 10**6
 """More text than this does not make a better tokenizer."""
@@ -128,21 +133,31 @@ def tokenizer_of(config: AuraConfig, preset: Preset, folder: Path, *, may_train:
             )
         return load_tokenizer(config.tokenizer_name_or_path)
     size = config.vocab_size or (TINY_VOCABULARY if preset.name == "aura-tiny" else VOCABULARY)
-    place = folder / f"tokenizer-{size}"
-    if not (place / "tokenizer.json").exists():
+    place = _kept(folder, size)
+    if place is None:
         assert may_train, "the first process makes it before the others look"
-        say(f"training a tokenizer of {size} tokens on {config.dataset_path}; kept in {place}")
-        _train(config, size, place)
+        say(f"training a tokenizer of {size} tokens on {config.dataset_path}; kept in {folder}")
+        place = _train(config, size, folder)
     return load_tokenizer(str(place))
 
 
-def _train(config: AuraConfig, size: int, place: Path) -> None:
-    import shutil
+def _kept(folder: Path, size: int) -> Path | None:
+    """The tokenizer of an earlier attempt, verified: its name holds its digest. A bad one is set aside."""
+    for place in sorted(folder.glob(f"tokenizer-{size}-*")):
+        if place.name == f"tokenizer-{size}-{_digest(place)}":
+            return place
+        say(f"warning: {place}: its bytes do not match its digest; set aside as bad-{place.name}, it is made again")
+        bad = place.with_name(f"bad-{place.name}")
+        shutil.rmtree(bad, ignore_errors=True)
+        place.rename(bad)
+    return None
 
-    beside = place.with_name(f".{place.name}.making")
+
+def _train(config: AuraConfig, size: int, folder: Path) -> Path:
+    beside = folder / f".tokenizer-{size}.making"
     shutil.rmtree(beside, ignore_errors=True)
 
-    def some() -> object:
+    def some() -> Iterator[str]:
         total = 0
         for document in read_documents(config.dataset_path, config.text_format):
             yield document
@@ -150,5 +165,21 @@ def _train(config: AuraConfig, size: int, place: Path) -> None:
             if total > TRAINED_ON_BYTES:
                 return
 
-    train_tokenizer(some(), vocab_size=size, folder=beside)  # type: ignore[arg-type]
+    train_tokenizer(some(), vocab_size=size, folder=beside)
+    for path in beside.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    place = folder / f"tokenizer-{size}-{_digest(beside)}"
     beside.rename(place)
+    sync_directory(folder)
+    return place
+
+
+def _digest(place: Path) -> str:
+    """Of every file's name and bytes, 16 hexadecimal digits."""
+    digest = xxhash.xxh3_64()
+    for path in sorted(place.iterdir()):
+        if path.is_file():
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

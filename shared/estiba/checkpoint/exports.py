@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,11 @@ def export_dcp(state: Mapping[str, Any], folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise CheckpointError(f"{folder}: is there already; give a new folder")
     try:
-        dcp.save({"model": dict(state["model"]), "optimizer": state["optimizer"]}, checkpoint_id=folder, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that this is one process, which is as it should be
+            dcp.save(
+                {"model": dict(state["model"]), "optimizer": state["optimizer"]}, checkpoint_id=folder, no_dist=True
+            )
     except (OSError, dcp.CheckpointException) as error:  # the latter is no Exception, but a BaseException
         raise CheckpointError(f"{folder}: not exported ({error}); check the disk") from None
 

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -123,8 +124,8 @@ class Ledger:
 
 
 @contextlib.contextmanager
-def exclusive(store: Store, name: str) -> Iterator[None]:
-    """Hold a folder for one process. Raises CheckpointError where another one on this machine holds it."""
+def exclusive(store: Store, name: str, *, patience_s: float = 0.0) -> Iterator[None]:
+    """Hold a folder for one process. Raises CheckpointError where another one on this machine holds it for longer."""
     if not isinstance(store, FileStore):  # objects have no locks; their pieces are the same bytes whoever writes them
         yield
         return
@@ -139,7 +140,7 @@ def exclusive(store: Store, name: str) -> Iterator[None]:
         ) from None
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor, time.monotonic() + patience_s)
         except BlockingIOError:
             raise CheckpointError(
                 f"{path.parent}: another job is using this checkpoint directory; wait for it or give this one its own"
@@ -149,3 +150,15 @@ def exclusive(store: Store, name: str) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, deadline: float) -> None:
+    """Raises BlockingIOError where it is held until the deadline."""
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(0.05)

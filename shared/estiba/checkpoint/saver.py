@@ -43,6 +43,8 @@ PATIENCE_S = 600.0
 """How long the first rank's writer waits for the parts of the others."""
 CAUTION = 1.25
 """A disk may be slower this time than it was."""
+LOCK_PATIENCE_S = 3.0
+"""A trainer that is killed while it starts its writer leaves a child that holds its lock until it has become one."""
 SPACING = 10.0
 """A snapshot stalls the step; no more than one part in so many of the time goes to that."""
 
@@ -147,7 +149,7 @@ class Checkpoints:
         self._saves = 0  # the same on all ranks, which save together or not at all
         self._hold = ExitStack()
         if self.ranks.is_first:
-            self._hold.enter_context(exclusive(FileStore(self.folder), "training"))
+            self._hold.enter_context(exclusive(FileStore(self.folder), "training", patience_s=LOCK_PATIENCE_S))
             if incomplete := directory.clean(self.folder):
                 say(f"{self.folder}: {', '.join(incomplete)} incomplete (its copy never ended), deleted")
 
@@ -421,6 +423,7 @@ class Checkpoints:
                     self._on_failure(order, reply["failed"])
                 else:
                     self._on_success(order, reply["saved"])
+        process.wait()  # its pipe ends a little before it does; the next save must not take it for alive
         order = self._order
         if order is not None and order.process is process:
             self._on_failure(order, "the process that writes checkpoints ended")

@@ -190,7 +190,7 @@ class Writer:
             except StoreError as error:
                 answer({"warning": f"{error}"})
                 continue
-            with self._lock:
+            with self._lock, contextlib.suppress(OSError):  # a folder that cannot be read is for the next save to say
                 self._delete(self._surplus(self.retention))
                 for old in directory.bad_in(self.folder)[2:]:
                     shutil.rmtree(self.folder / old, ignore_errors=True)

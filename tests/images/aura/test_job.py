@@ -150,6 +150,19 @@ def test_two_processes_killed_and_resumed_end_with_the_bits_of_two_that_were_not
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 
+def test_a_tokenizer_that_does_not_verify_is_made_again(whole: Path, text: Path, tmp_path: Path) -> None:
+    """It lies beside the checkpoints, and what is copied about can be torn like them."""
+    shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
+    (kept,) = (tmp_path / "checkpoints").glob("tokenizer-300-*")
+    data = bytearray((kept / "tokenizer.json").read_bytes())
+    data[len(data) // 2] ^= 1
+    (kept / "tokenizer.json").write_bytes(data)
+    run(tmp_path, text)
+    assert outcome(tmp_path) == outcome(whole)
+    assert (tmp_path / "checkpoints" / f"bad-{kept.name}").exists()
+    assert kept.exists()
+
+
 # --- resume_from ---------------------------------------------------------------------------------------------------
 
 
