@@ -6,6 +6,7 @@ kernel's leisure, up to ten times slower (benchmarks/checkpoint_save.py). And wh
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -49,7 +50,10 @@ def write(path: Path, memory: memoryview, start: int, size_bytes: int) -> str:
 
 def read(path: Path, size_bytes: int) -> memoryview:
     """A whole file of a size that is known, in writable memory that starts on a page. Raises OSError, EOFError."""
-    buffer = mmap.mmap(-1, max(PAGE_BYTES, -(-size_bytes // PAGE_BYTES) * PAGE_BYTES))
+    whole_bytes = max(PAGE_BYTES, -(-size_bytes // PAGE_BYTES) * PAGE_BYTES)
+    buffer = mmap.mmap(-1, whole_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError, AttributeError):  # large pages: to touch a gigabyte in small ones takes as long
+        buffer.madvise(mmap.MADV_HUGEPAGE)  # as to read it
     view = memoryview(buffer)
     with _Reader(path, size_bytes) as reader:
         offsets = range(0, size_bytes, CHUNK_BYTES)

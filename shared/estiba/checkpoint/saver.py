@@ -173,7 +173,7 @@ class Checkpoints:
 
     def _newest_that_verifies(self) -> Restored | None:
         local = directory.names_in(self.folder)
-        remote, away = self._remote_names()
+        remote, away = self._remote_names(bool(local))
         names = sorted({*local, *away}, key=lambda name: directory.order_of(name) or (0, 0), reverse=True)
         for name in names:
             if name in local:
@@ -195,11 +195,18 @@ class Checkpoints:
             say(f"warning: {self.folder}: none of {len(names)} checkpoints verifies; this run starts anew")
         return None
 
-    def _remote_names(self) -> tuple[Remote | None, list[str]]:
+    def _remote_names(self, is_something_here: bool) -> tuple[Remote | None, list[str]]:
+        """What is at `upload`. Raises StoreError where that cannot be asked and there is nothing here to go on from."""
         if self.upload is None:
             return None, []
-        remote = Remote(self.upload)
-        return remote, remote.names()
+        try:
+            remote = Remote(self.upload)
+            return remote, remote.names()
+        except StoreError as error:
+            if not is_something_here:
+                raise
+            say(f"warning: {self.upload}: cannot be asked for checkpoints ({error}); going on from those here")
+            return None, []
 
     def _found(self, found: Restored, name: str) -> Restored:
         self.newest, self._restored_name = found.step, name

@@ -58,7 +58,8 @@ class History:
         self.rows = [dict(row) for row in rows]
         if self._folder is not None and sys.stderr.isatty():
             ncols = None if columns_of(sys.stderr) else 80
-            self._bar = tqdm(total=total_steps, initial=step, unit=" steps", ncols=ncols)
+            nrows = None if columns_of(sys.stderr) else 24
+            self._bar = tqdm(total=total_steps, initial=step, unit=" steps", ncols=ncols, nrows=nrows)
         if self._folder is None:
             return
         try:
