@@ -6,7 +6,7 @@
 # An image exists because images/<name>/Dockerfile exists. Make hands that list in as IMAGES; the default below is the
 # same list for a bare `docker buildx bake`, and tests/repo fails when the two differ.
 
-variable "IMAGES" { default = "aura,embed" }
+variable "IMAGES" { default = "aura,brain-to-text,embed" }
 
 # dlc: AWS's training images from its account registry. public: the public gallery, no AWS account.
 # local: images/base, for machines that can pull neither.

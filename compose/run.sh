@@ -8,7 +8,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly WHEELS=.build/wheels/s3-py311
 compose() { docker compose --file compose/compose.yaml "$@"; }
 fail() { printf 'compose: %s\n' "$1" >&2; exit "${2:-1}"; }
 
@@ -21,19 +20,7 @@ bash scripts/env.sh
 docker image inspect estiba/embed:local >/dev/null 2>&1 ||
     make --no-print-directory build/embed BASE=local || fail "\`make build/embed BASE=local\` failed, see above"
 
-# Wheels for the base's Python, fetched here so that the build needs no network; the lock's digest is the stamp.
-lock_digest="$(cksum <compose/s3/requirements.txt)"
-if [ "$(cat "$WHEELS/.lock" 2>/dev/null)" != "$lock_digest" ]; then
-    rm -rf "$WHEELS"
-    mkdir -p "$WHEELS"
-    .build/tools/bin/python -m pip download --quiet --disable-pip-version-check --only-binary :all: \
-        --python-version 3.11 --implementation cp --abi cp311 --abi abi3 --abi none \
-        --platform "manylinux_2_28_$(uname -m)" --platform "manylinux2014_$(uname -m)" --platform any \
-        --require-hashes --requirement compose/s3/requirements.txt --dest "$WHEELS" 2>&1 |
-        { grep -v '^WARNING' || true; } >&2
-    printf '%s\n' "$lock_digest" >"$WHEELS/.lock"
-fi
-compose build --quiet s3 || fail "the S3 server's image could not be built, see above"
+bash scripts/s3.sh build || fail "the S3 server's image could not be built, see above"
 [ "${1:-}" != --build ] || exit 0
 
 status=0

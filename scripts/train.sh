@@ -16,6 +16,12 @@ if [ "${TARGET:-local}" = local ]; then
     image="${IMAGE:-estiba/$name:local}"
     docker image inspect "$image" >/dev/null 2>&1 || { bash scripts/engine.sh && BASE=local bash scripts/build.sh "$name"; }
     bash scripts/data.sh "$name" "$*"
+    if [ "$name" = brain-to-text ] && [ -z "${DATASET_URI:-}" ] && [[ "$*" != *DATASET_* ]]; then
+        # Straight from S3, as in the cloud: a local server with the recordings, which the container is told of.
+        bash scripts/s3.sh put runs/brain-to-text/input s3://estiba/brain-to-text/input
+        bash scripts/s3.sh start >runs/brain-to-text/s3.env
+        set -- --set DATASET_DIR=s3://estiba/brain-to-text/input --env-file runs/brain-to-text/s3.env "$@"
+    fi
     set -- --yes "$@" # no bill to agree to
 fi
 exec .venv/bin/estiba run "images/$name/job.yaml" --target "${TARGET:-local}" "$@"

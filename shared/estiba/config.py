@@ -246,7 +246,9 @@ def _explain(cls: type[Config], given: Mapping[str, _Given], detail: Any) -> str
     if item is None:
         return f"{flag_of(name)}: {message}" if name else message
     info = cls.model_fields[name]
-    otherwise = "" if info.is_required() else f" or leave it out for {info.get_default(call_default_factory=True)!r}"
+    default = None if info.is_required() else info.get_default(call_default_factory=True)
+    usual = "" if default is None else f" for {default!r}"  # without a value of its own, its help says what is done
+    otherwise = "" if info.is_required() else f" or leave it out{usual}"
     return f"{item.origin} is {item.value!r}: {message[:1].lower()}{message[1:]}; give another value{otherwise}"
 
 

@@ -211,9 +211,7 @@ def prepare_aura(image: Image, folder: Path) -> Prepared:
     return Prepared(
         quick=Job(channels={"dataset": text}, settings=settings),
         slow=Job(channels={"dataset": text}, settings=slow),
-        commits=lambda checkpoints: max(
-            (int(path.parent.name.split("-")[1]) for path in checkpoints.glob("step-*/manifest.json")), default=0
-        ),
+        commits=newest_step,
         commits_before_a_signal=40,
         # interrupt-step-N.pt is written on Ctrl+C, and is the person's to delete.
         ignore=("results.json", "metrics.jsonl", "events.out.tfevents.*", "interrupt-step-*.pt"),
@@ -239,7 +237,69 @@ def prepare_aura(image: Image, folder: Path) -> Prepared:
     )
 
 
+# --- brain-to-text -------------------------------------------------------------------------------------------------
+
+MAKE_RECORDINGS = "brain-to-text generate --out /made/data --sessions 3 --trials 8 --features 12 --longest-words 2"
+
+
+def prepare_brain_to_text(image: Image, folder: Path) -> Prepared:
+    """Three sessions of a few short trials, made in the image itself; a decoder of two small layers."""
+    made = folder / "made"
+    made.mkdir()
+    image.tell(
+        ["sh", "-c", f"{MAKE_RECORDINGS} && chmod -R a+rX /made"],
+        volumes={str(made): {"bind": "/made", "mode": "rw"}},
+    )
+    settings: dict[str, Setting] = {
+        "n-input-features": 12,
+        "n-units": 16,
+        "n-layers": 2,
+        "batch-size": 6,
+        "days-per-batch": 2,
+        "num-training-batches": 12,
+        "lr-warmup-steps": 3,
+        "lr-max": 0.01,
+        "epsilon": 1e-6,
+        "batches-per-val-step": 5,
+        "batches-per-train-log": 3,
+        "seed": 7,
+        "ema-decay": 0.9,
+        "num-dataloader-workers": 1,
+        "cache-gb": 0.1,
+    }
+    slow = {**settings, "num-training-batches": 400, "n-units": 96, "batch-size": 16}
+    channels = {"dataset": made / "data"}
+    return Prepared(
+        quick=Job(channels=channels, settings=settings),
+        slow=Job(channels=channels, settings=slow),
+        commits=newest_step,
+        commits_before_a_signal=20,
+        ignore=("results.json", "metrics.jsonl", "events.out.tfevents.*"),
+        resumed=re.compile(r"resuming at step [1-9]"),
+        misspelt=("n-unit", "n-units"),
+        ill_typed=("batch-size", "muchos"),
+        refusals=(
+            Refusal(
+                what="no input",
+                settings={},
+                says=("/opt/ml/input/data/dataset", "-v DIR:/opt/ml/input/data/dataset"),
+                without_channels=("dataset",),
+            ),
+            Refusal(what="another width", settings={"n-input-features": 512}, says=("512", "12")),
+            Refusal(what="no such session", settings={"sessions": "t15.1999.01.01"}, says=("t15.1999.01.01",)),
+        ),
+        writes="model",
+    )
+
+
+def newest_step(checkpoints: Path) -> int:
+    """Of the verified checkpoints: retention keeps their number, and not their steps, from growing."""
+    found = (path.parent.name.split("-")[1] for path in checkpoints.glob("step-*/manifest.json"))
+    return max(map(int, found), default=0)
+
+
 WORKLOADS: Mapping[str, Callable[[Image, Path], Prepared]] = {
     "aura": prepare_aura,
+    "brain-to-text": prepare_brain_to_text,
     "embed": prepare_embed,
 }

@@ -6,9 +6,11 @@ train_tensordock.py is the same by the guide's name.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from aura.config import AuraConfig
 from estiba.contract import Job
+from estiba.errors import ConfigError
 from estiba.stop import Stop
 
 
@@ -27,6 +29,10 @@ def main() -> None:
         from aura.sources import find_sources
 
         find_sources(config.dataset_path)
+        if config.resume_from is not None and "://" not in config.resume_from and not Path(config.resume_from).exists():
+            raise ConfigError(
+                f"--resume-from {config.resume_from}: there is nothing; give a checkpoint directory or a .pt file"
+            )
         from aura.work import train  # torch takes seconds to import; a mistake need not wait for it
 
         train(config, job, stop)

@@ -75,10 +75,10 @@ def preset_of(config: AuraConfig, device: torch.device) -> Preset:
     return find(config.model_preset, memory_bytes=memory_of(device))
 
 
-def choose(config: AuraConfig, preset: Preset, tokenizer: Tokenizer, device: torch.device, processes: int) -> Choices:
-    """Raises ConfigError for sizes that cannot be, or that this GPU cannot hold."""
-    shape = Shape(
-        vocab_size=-(-tokenizer.vocab_size // 64) * 64,  # matrix products like round numbers
+def sizes_of(config: AuraConfig, preset: Preset, *, vocab_size: int) -> Shape:
+    """Raises ConfigError for sizes that cannot be."""
+    return Shape(
+        vocab_size=-(-vocab_size // 64) * 64,  # matrix products like round numbers
         embed_size=config.embed_size or preset.embed_size,
         num_layers=config.num_layers or preset.num_layers,
         num_heads=config.num_heads or preset.num_heads,
@@ -87,6 +87,11 @@ def choose(config: AuraConfig, preset: Preset, tokenizer: Tokenizer, device: tor
         dropout=preset.dropout if config.dropout is None else config.dropout,
         tie_embeddings=preset.tie_embeddings if config.tie_embeddings is None else config.tie_embeddings,
     )
+
+
+def choose(config: AuraConfig, preset: Preset, tokenizer: Tokenizer, device: torch.device, processes: int) -> Choices:
+    """Raises ConfigError for sizes that cannot be, or that this GPU cannot hold."""
+    shape = sizes_of(config, preset, vocab_size=tokenizer.vocab_size)
     batch_size = config.batch_size or preset.batch_size
     return Choices(
         preset=preset,

@@ -99,6 +99,8 @@ def _tokenizer(arguments: list[str]) -> None:
     made = train_tokenizer(
         read_documents(config.dataset_path, config.text_format), vocab_size=config.vocab_size, folder=folder
     )
+    if made.vocab_size < config.vocab_size:
+        say(f"{made.vocab_size} of the {config.vocab_size} tokens asked for: no more occur twice in this text")
     say(f"{folder}: {made.vocab_size} tokens; pass --tokenizer-name-or-path {folder}")
 
 
@@ -129,6 +131,10 @@ def _newest(path: Path) -> Any:
 
     if (path / directory.MANIFEST).exists():
         return load_checkpoint(path)
+    if not path.is_dir():
+        raise ConfigError(
+            f"--checkpoint {path}: no such directory; give the directory of a run's checkpoints, or one of them"
+        )
     names = directory.names_in(path)
     for name in names:
         try:

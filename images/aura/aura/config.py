@@ -21,7 +21,9 @@ class AuraConfig(Config):
     """Hugging Face directory or id, tokenizer.json, or SentencePiece model; default is one trained on the data."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
     """Times the whole of the data is seen."""
-    model_preset: str = "auto"
+    model_preset: Literal[
+        "auto", "aura-72h-max", "aura-72h-extended", "aura-large", "aura-medium", "aura-tiny", "manual"
+    ] = "auto"
     """auto (by the GPU's memory), aura-72h-max, aura-72h-extended, aura-large, aura-medium, aura-tiny, or manual."""
     embed_size: Annotated[int, Field(ge=1)] | None = None
     """Width of the model; default is the preset's."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
 
 from aura.export import final_model, hf_directory
 from aura.plot import loss_plot
@@ -25,6 +28,17 @@ PT_BYTES_PER_S = 200e6
 
 def finish(work: Pretraining, loop: Loop, folder: Path, output_dir: str) -> None:
     """Write everything; results.json last. Raises StoreError."""
+    try:
+        _write_all(work, loop, folder, output_dir)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save has no error of its own for a full disk
+        free = shutil.disk_usage(folder).free
+        raise StoreError(
+            f"{folder}: outputs could not be written ({str(error).splitlines()[0]}; {free / 1e6:.0f} MB free). What "
+            "was trained is safe in the checkpoints: free some space or give a larger volume, and run again"
+        ) from error
+
+
+def _write_all(work: Pretraining, loop: Loop, folder: Path, output_dir: str) -> None:
     work.tokenizer.save(folder / "tokenizer")
     hf_directory(work.aura, work.tokenizer, folder / "hf")
     final_model(work.aura, loop.step, folder / "final_model.pt")

@@ -134,7 +134,7 @@ def flags(candidate: Candidate) -> str:
             f"--embed-size {shape.embed_size}", f"--num-layers {shape.num_layers}", f"--num-heads {shape.num_heads}",
             f"--seq-length {shape.seq_length}", f"--learning-rate {candidate.learning_rate:g}",
         ]  # fmt: skip
-    parts.append(f"--max-steps {candidate.steps}")
+    parts += [f"--vocab-size {shape.vocab_size}", f"--max-steps {candidate.steps}"]
     return " ".join(parts)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import xxhash
 
-from aura.choices import Choices, choose, device_of, preset_of, schedule_of, tokenizer_of
+from aura.choices import Choices, choose, device_of, preset_of, schedule_of, sizes_of, tokenizer_of
 from aura.config import AuraConfig
 from aura.data import Corpus, prepare
 from aura.hardware import find_device
@@ -140,6 +140,7 @@ def train(config: AuraConfig, job: Job, stop: Stop) -> None:
         ranks=ranks,
     )
     preset = preset_of(config, device)
+    sizes_of(config, preset, vocab_size=config.vocab_size or 512)  # what cannot be is told before text is read
     if not ranks.is_first:
         ranks.wait()  # for the first one's tokenizer and tokens
     tokenizer = stop.unless_stopped(lambda: tokenizer_of(config, preset, folder, may_train=ranks.is_first), kept)
@@ -272,7 +273,7 @@ def _introduction(work: Pretraining, settings: Settings, loop: Loop, ranks: Rank
     )
     lines.append(
         f"{choices.tokens_per_step:,} tokens a step ({sizes}), {settings.schedule.steps:,} steps, "
-        f"{total / shape.parameters:.1f} tokens a parameter"
+        f"{total / shape.parameters:.2g} tokens a parameter"
     )
     if loop.step:
         lines.append(f"resuming at step {loop.step} of {settings.schedule.steps}")

@@ -40,6 +40,7 @@ def start(job: JobFile, options: LocalOptions, say: Callable[[str], None] = lamb
         channels.check(channel)
     engine.ensure_image(job.request["AlgorithmSpecification"]["TrainingImage"], say)
     request = with_absolute_paths(job.request)
+    refuse_shared_checkpoints(request)
     directory = state.jobs_root() / job.name
     try:
         directory.mkdir(parents=True)
@@ -56,6 +57,22 @@ def start(job: JobFile, options: LocalOptions, say: Callable[[str], None] = lamb
     state.write_json(directory / control.REQUEST, request)
     supervise(directory)
     return Started(name=job.name, directory=directory)
+
+
+def refuse_shared_checkpoints(request: dict[str, Any]) -> None:
+    """Two jobs that sync to one place overwrite each other's checkpoints. Raises LaunchError naming the other."""
+    place = request.get("CheckpointConfig", {}).get("S3Uri")
+    if place is None or not state.jobs_root().is_dir():
+        return
+    for directory in sorted(state.jobs_root().iterdir()):
+        other = state.read_json(directory / control.REQUEST, {})
+        if other.get("CheckpointConfig", {}).get("S3Uri", "").rstrip("/") != place.rstrip("/"):
+            continue
+        if control.supervised(directory) and not is_over(describe(directory.name)):
+            raise LaunchError(
+                f"{place}: {directory.name} is still running with these checkpoints; follow it with `estiba logs -f "
+                f"{directory.name}`, end it with `estiba stop {directory.name}`, or use another CheckpointConfig"
+            )
 
 
 def with_absolute_paths(request: dict[str, Any]) -> dict[str, Any]:

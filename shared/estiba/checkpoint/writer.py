@@ -149,7 +149,7 @@ class Writer:
                 self._delete(self._surplus(Retention(keep_last=LEAST)))
         if (free := self._free()) < size_bytes + MARGIN_BYTES:
             raise CheckpointError(
-                f"{self.folder}: {size_bytes / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; "
+                f"{self.folder}: {size_bytes / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free; "
                 "free some or give the job a larger volume"
             )
 
@@ -160,7 +160,7 @@ class Writer:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             with contextlib.suppress(OSError):
                 return (
-                    f"{self.folder}: no space left ({self._free() / 1e9:.2f} GB free); free some or give the job a "
+                    f"{self.folder}: no space left ({self._free() / 1e6:.1f} MB free); free some or give the job a "
                     "larger volume"
                 )
         return f"{self.folder}: {error.strerror or error}; check the disk and the mount"

@@ -10,7 +10,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -123,17 +123,14 @@ class Loop:
 
     def _check_plan(self, saved: dict[str, Any], where: str) -> None:
         now = self._plan()
-        changed = [
-            f"{name}: saved {saved.get(name)!r}, now {now.get(name)!r}"
-            for name in sorted({*saved, *now})
-            if saved.get(name) != now.get(name)
-        ]
+        changed = _differences(saved, now)
         if not changed:
             return
         text = f"{where} was made with another plan: {'; '.join(changed)}"
         if not self.settings.accept_changed_plan:
             raise ConfigError(
-                f"{text}. Give the same settings, another checkpoint directory, or --accept-changed-plan to go on so"
+                f"{text}. Give the same settings, another place for checkpoints (--checkpoint-path; of a job file, its "
+                "CheckpointConfig), or --accept-changed-plan to go on so"
             )
         say(f"warning: {text}. Going on with the new one, as --accept-changed-plan says")
 
@@ -336,3 +333,15 @@ class Loop:
             )
         self.history.close()
         raise self.stop.interrupted(safe)
+
+
+def _differences(saved: Mapping[str, Any], now: Mapping[str, Any], above: str = "") -> list[str]:
+    """`schedule.steps: saved 40, now 60`, for every value that is another one."""
+    found: list[str] = []
+    for name in sorted({*saved, *now}):
+        before, after = saved.get(name), now.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += _differences(before, after, f"{above}{name}.")
+        elif before != after:
+            found.append(f"{above}{name}: saved {before!r}, now {after!r}")
+    return found

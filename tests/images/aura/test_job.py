@@ -358,7 +358,7 @@ def test_a_tokenizer_is_trained_by_command_and_used(text: Path, tmp_path: Path) 
     [
         (("plna",), "unknown command 'plna'"),
         (("sample", "--model-dir", "/nowhere"), "final_model.pt"),
-        (("export", "--checkpoint", "/nowhere", "--to", "x.pt"), "none verifies"),
+        (("export", "--checkpoint", "/nowhere", "--to", "x.pt"), "no such directory"),
         (("tokenizer", "train", "--dataset-path", "/nowhere.txt", "--output-dir", "/tmp/never"), "no such file"),
     ],
 )

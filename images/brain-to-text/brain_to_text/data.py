@@ -1,0 +1,355 @@
+"""Trials to batches: the index checked, the plan drawn, features read ahead, tensors made.
+
+trials = Trials.open("s3://bucket/hdf5_data_final", sessions=None, split="train", stop=stop, seed=1, batch_size=64, …)
+batch = trials.batch(step)        # a pure function of (seed, step): a run goes on at any step
+for ids in held_out.sweep(64): held_out.read(ids)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import xxhash
+
+from brain_to_text.buffers import Buffers
+from brain_to_text.check import Wanted, check_trials, choose_sessions
+from brain_to_text.index import find_objects, open_indexes
+from brain_to_text.plan import NEVER, Plan, SeededPlan, Upcoming, UpstreamPlan
+from brain_to_text.ranges import open_ranges
+from brain_to_text.reader import Known, Reader
+from brain_to_text.schema import Split
+from brain_to_text.tiers import DiskTier, MemoryTier
+from estiba.errors import ConfigError, DataError, EstibaError
+from estiba.stop import Stop, say
+from estiba.store import open_store
+
+HORIZON_STEPS = 2048
+"""How far the caches look ahead; a trial comes up about once in 130 steps of the whole study."""
+SWEEP_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B trials, padded with zeros at their ends. Shapes: T the longest trial, C features, L the most labels."""
+
+    features: torch.Tensor
+    """float32[B, T, C]."""
+    labels: torch.Tensor
+    """int64[B, L]."""
+    n_time_steps: torch.Tensor
+    """int64[B]."""
+    label_lengths: torch.Tensor
+    """int64[B]."""
+    day: torch.Tensor
+    """int64[B]: index into `Trials.sessions`."""
+    phoneme_labels: torch.Tensor | None
+    """int64[B, M], where the labels are diphones."""
+    phoneme_lengths: torch.Tensor | None
+    sentences: list[str | None]
+    trial: list[str]
+    """'t15.2023.08.11/trial_0007'."""
+
+
+class Trials:
+    """One split of a data set. `bad` names what was left out, and why; nothing else ever is."""
+
+    def __init__(
+        self,
+        known: Sequence[Known],
+        reader: Reader,
+        *,
+        sessions: list[str],
+        plan: Plan | None,
+        identity: str,
+        ahead_batches: int,
+        skips: bool,
+        bad: list[str],
+        stop: Stop,
+    ) -> None:
+        self.sessions, self.identity, self.bad = sessions, identity, bad
+        self.known, self.reader, self.plan = known, reader, plan
+        self._ahead, self._skips, self._stop = ahead_batches, skips, stop
+        self._pending: dict[int, list[int]] = {}
+        self._lock = threading.RLock()
+        self._upcoming: Upcoming | None = None
+        self._named: set[str] = set()
+        self._buffers = Buffers()
+
+    @classmethod
+    def open(
+        cls,
+        location: str,
+        *,
+        sessions: Sequence[str] | None,
+        split: Split,
+        stop: Stop,
+        seed: int,
+        batch_size: int,
+        days_per_batch: int = 4,
+        cache_bytes: int,
+        disk_cache: tuple[Path, int] | None,
+        ahead_batches: int = 4,
+        n_classes: int,
+        n_features: int,
+        on_bad_trial: Literal["fail", "skip"] = "fail",
+        workers: int,
+        index_path: str | None = None,
+        upstream_plan: bool = False,
+        rebuild_index: bool = False,
+        feature_subset: Sequence[int] | None = None,
+        must_include_days: Sequence[int] | None = None,
+        bad_trials: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
+    ) -> Trials:
+        """Index what is not indexed yet and check all of it against what the model expects.
+
+        `sessions` None takes every session with training data, by name. `cache_bytes` bounds the memory that keeps
+        trials beyond the batches under way. `bad_trials` is the reference trainer's bad_trials_dict: {session: {block:
+        [trial, …]}}. Raises DataError, ConfigError, StoreError, Interrupted.
+        """
+        store = open_store(location)
+        objects = find_objects(store)
+        names, entries = choose_sessions(objects, sessions, split, store.url)
+        indexes = open_indexes(
+            location, entries, store=store, index_path=index_path, rebuild=rebuild_index, workers=workers, stop=stop
+        )
+        wanted = Wanted(
+            split=split, n_classes=n_classes, n_features=n_features, feature_subset=feature_subset,
+            bad_trials=bad_trials, skips=on_bad_trial == "skip",
+        )  # fmt: skip
+        known, bad = check_trials(indexes, names, wanted, store)
+        for line in bad:
+            say(f"left out ({len(bad)} in all): {line}")
+        plan: Plan | None = None
+        if split == "train":
+            sizes = [sum(one.day == day for one in known) for day in range(len(names))]
+            make = UpstreamPlan if upstream_plan else SeededPlan
+            plan = make(
+                sizes, batch_size=batch_size, days_per_batch=days_per_batch, seed=seed, must_include=must_include_days
+            )
+        contents = [index.digest for index in indexes]
+        said = [contents, names, split, len(known), bad, seed, batch_size, days_per_batch, upstream_plan,
+                list(feature_subset or ()), list(must_include_days or ())]  # fmt: skip
+        identity = xxhash.xxh3_128_hexdigest(repr(said).encode())
+        upcoming = None if plan is None else Upcoming(plan, HORIZON_STEPS)
+        next_use = (lambda _: NEVER) if upcoming is None else upcoming.next_use
+        disk = None
+        if disk_cache is not None:
+            pinned = xxhash.xxh3_64_hexdigest(
+                repr([[str(index.pin) for index in indexes], contents, bad, list(feature_subset or ())]).encode()
+            )
+            disk = DiskTier(Path(disk_cache[0]), disk_cache[1], next_use, identity=pinned)
+        reader = Reader(
+            known, open_ranges(store), memory=MemoryTier(cache_bytes, next_use), disk=disk,
+            feature_subset=feature_subset, stop=stop,
+        )  # fmt: skip
+        trials = cls(
+            known, reader, sessions=names, plan=plan, identity=identity, ahead_batches=ahead_batches,
+            skips=on_bad_trial == "skip", bad=bad, stop=stop,
+        )  # fmt: skip
+        trials._upcoming = upcoming
+        return trials
+
+    @property
+    def n_trials(self) -> int:
+        return len(self.known)
+
+    @property
+    def width(self) -> int:
+        """Features of a time step, as batches have them."""
+        return self.reader.shape_of(0)[1]
+
+    def steps_stored(self, position: int) -> int:
+        """Time steps of one trial's features."""
+        return self.reader.shape_of(position)[0]
+
+    def batch(self, step: int) -> Batch:
+        """The plan's batch of `step`; the trials of the steps behind it are asked for. Safe in threads."""
+        if self.plan is None:
+            raise ConfigError("only the training split has a plan of batches; use sweep() and read()")
+        with self._lock:
+            is_first = step not in self._pending
+            # Nobody is ahead of the first batch: what comes after it waits until it is there.
+            self._look_ahead(step, 0 if is_first else self._ahead)
+            ids = self._pending[step]
+            futures = self.reader.ask(ids, again=True)
+        try:
+            arrived = self._arrived(ids, futures)
+            if is_first:
+                with self._lock:
+                    self._look_ahead(step, self._ahead)
+            return collate(arrived, self._buffers)
+        finally:
+            with self._lock:
+                assert self._upcoming is not None
+                self._upcoming.advance(step + 1)  # what is kept now is kept for the steps behind this one
+                self.reader.release(ids)
+                if self._pending.get(step) is ids:
+                    self.reader.release(self._pending.pop(step))
+
+    def _look_ahead(self, step: int, ahead: int) -> None:
+        assert self.plan is not None and self._upcoming is not None
+        wanted = range(step, step + 1 + ahead)
+        for old in [one for one in self._pending if one not in wanted]:
+            self.reader.release(self._pending.pop(old))
+        for one in wanted:
+            if one not in self._pending:
+                ids = self.plan.trials(one).tolist()
+                self.reader.ask(ids)
+                self._pending[one] = ids
+        self._upcoming.advance(step)  # while the first ones are on their way
+
+    def sweep(self, batch_size: int) -> list[list[int]]:
+        """Every trial once, in order, in batches of one day each, as the reference trainer evaluates."""
+        batches: list[list[int]] = []
+        for position, one in enumerate(self.known):
+            last = batches[-1] if batches else []
+            if last and len(last) < batch_size and self.known[last[0]].day == one.day:
+                last.append(position)
+            else:
+                batches.append([position])
+        return batches
+
+    def read(self, ids: Sequence[int]) -> Batch:
+        """These trials, in this order."""
+        ids = list(ids)
+        futures = self.reader.ask(ids)
+        try:
+            return self._assemble(ids, futures)
+        finally:
+            self.reader.release(ids)
+
+    def read_all(self, batches: Sequence[Sequence[int]]) -> Iterator[Batch]:
+        """`read` for each of many, with the next ones already asked for."""
+        asked: list[list[int]] = []
+        try:
+            for at in range(len(batches)):
+                while len(asked) < min(len(batches), at + 1 + SWEEP_AHEAD):
+                    following = list(batches[len(asked)])
+                    self.reader.ask(following)
+                    asked.append(following)
+                futures = self.reader.ask(asked[at], again=True)
+                try:
+                    batch = self._assemble(asked[at], futures)
+                finally:
+                    self.reader.release(asked[at])
+                yield batch
+                self.reader.release(asked[at])
+                asked[at] = []
+        finally:
+            for left in asked:
+                self.reader.release(left)
+
+    def _assemble(self, ids: Sequence[int], futures: Sequence[Future[np.ndarray]]) -> Batch:
+        return collate(self._arrived(ids, futures), self._buffers)
+
+    def _arrived(self, ids: Sequence[int], futures: Sequence[Future[np.ndarray]]) -> list[tuple[Known, np.ndarray]]:
+        kept: list[tuple[Known, np.ndarray]] = []
+        for position, future in zip(ids, futures, strict=True):
+            try:
+                kept.append((self.known[position], self.reader.wait(future)))
+            except EstibaError as error:
+                if not self._skips or self._stop():
+                    raise
+                self._leave_out(self.known[position], error)
+        if not kept:
+            raise DataError(
+                f"none of the {len(ids)} trials of a batch can be used, such as {self.known[ids[0]].name}; see "
+                "the lines above, and mend the data"
+            )
+        return kept
+
+    def _leave_out(self, known: Known, error: EstibaError) -> None:
+        with self._lock:
+            if known.name in self._named:
+                return
+            self._named.add(known.name)
+            self.bad.append(f"{known.name}: {error}")
+            say(f"left out ({len(self.bad)} in all): {error}")
+
+    def statistics(self) -> dict[str, int]:
+        """Counts since it was opened."""
+        counts, reader = self.reader.ranges.counts, self.reader
+        return {
+            "gets": counts.gets,
+            "bytes_fetched": counts.bytes_fetched,
+            "bytes_used": reader.bytes_used,
+            "hits": reader.hits,
+            "disk_hits": reader.disk_hits,
+            "retries": counts.retries,
+            "hedged": counts.hedged,
+            "renewals": counts.renewals,
+            "bad": len(self.bad),
+        }
+
+    def close(self) -> None:
+        """End its threads. What is asked for afterwards is an error."""
+        with self._lock:
+            for ids in self._pending.values():
+                with contextlib.suppress(KeyError):
+                    self.reader.release(ids)
+            self._pending.clear()
+        self.reader.close()
+
+    def __enter__(self) -> Trials:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def collate(trials: Sequence[tuple[Known, np.ndarray]], buffers: Buffers) -> Batch:
+    """Pad and stack: [(trial, float32[T, C]), …] to a Batch."""
+    longest = max(values.shape[0] for _, values in trials)
+    width = trials[0][1].shape[1]
+    features = buffers.take(len(trials), longest, width)
+    filled = features.numpy()
+    for row, (_, values) in enumerate(trials):
+        # numpy and not torch, whose threads here would only wait for those of the step.
+        filled[row, : len(values)] = values
+        filled[row, len(values) :] = 0.0
+    return dataclasses.replace(describe([one for one, _ in trials]), features=features)
+
+
+def describe(trials: Sequence[Known]) -> Batch:
+    """All of a Batch but its features, which are empty."""
+    labels, lengths = _padded([one.trial.labels for one in trials])
+    phonemes = phoneme_lengths = None
+    if any(one.trial.phoneme_labels is not None for one in trials):
+        phonemes, phoneme_lengths = _padded([one.trial.phoneme_labels for one in trials])
+    return Batch(
+        features=torch.empty(0),
+        labels=labels,
+        n_time_steps=torch.tensor([steps_of(one) for one in trials]),
+        label_lengths=lengths,
+        day=torch.tensor([one.day for one in trials]),
+        phoneme_labels=phonemes,
+        phoneme_lengths=phoneme_lengths,
+        sentences=[one.trial.sentence for one in trials],
+        trial=[one.name for one in trials],
+    )
+
+
+def steps_of(known: Known) -> int:
+    """As its attribute says; all of its features where it has none."""
+    placement = known.trial.features
+    assert placement is not None
+    steps = known.trial.n_time_steps
+    return placement.shape[0] if steps is None else steps
+
+
+def _padded(rows: Sequence[np.ndarray | None]) -> tuple[torch.Tensor, torch.Tensor]:
+    lengths = [0 if row is None else len(row) for row in rows]
+    padded = np.zeros((len(rows), max(lengths)), np.int64)
+    for at, row in enumerate(rows):
+        if row is not None:
+            padded[at, : len(row)] = row
+    return torch.from_numpy(padded), torch.tensor(lengths)

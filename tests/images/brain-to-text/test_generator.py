@@ -1,0 +1,167 @@
+"""Made-up data has the study's form, is the same every time, and is as hard as it should be."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from files import open_trials
+
+from brain_to_text.generator import LAYOUTS, Recipe, brains, command, make_dataset, session_names
+from brain_to_text.schema import PHONEMES, SILENCE, diphones_of
+from brain_to_text.sentences import Spoken, read_sentences
+from estiba.errors import ConfigError
+
+SMALL: dict[str, Any] = {"sessions": 2, "trials": 6, "features": 10, "longest_words": 3}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Of values, since HDF5 notes times."""
+    found = {}
+    for path in sorted(folder.rglob("*.hdf5")):
+        digest = hashlib.sha256()
+        with h5py.File(path) as file:
+            for name, group in file.items():
+                digest.update(name.encode() + repr(sorted((k, str(v)) for k, v in group.attrs.items())).encode())
+                for dataset in group.values():
+                    digest.update(dataset[()].tobytes())
+        found[path.relative_to(folder).as_posix()] = digest.hexdigest()
+    return found
+
+
+def test_files_have_the_form_of_the_study(tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "data", **SMALL)
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*.hdf5")}
+    assert names == {f"{day}/data_{split}.hdf5" for day in session_names(2) for split in ("train", "val", "test")}
+    with h5py.File(folder / session_names(2)[0] / "data_train.hdf5") as file:
+        assert sorted(file) == [f"trial_{number:04d}" for number in range(6)]
+        for group in file.values():
+            assert sorted(group) == ["input_features", "seq_class_ids", "transcription"]
+            assert group["input_features"].dtype == np.float32 and group["input_features"].chunks is None
+            assert group["input_features"].shape == (group.attrs["n_time_steps"], 10)
+            assert group["seq_class_ids"].dtype == np.int32 and group["seq_class_ids"].shape == (500,)
+            labels, length = group["seq_class_ids"][()], group.attrs["seq_len"]
+            assert (labels[:length] > 0).all() and not labels[length:].any() and labels.max() <= SILENCE
+            said = "".join(map(chr, np.trim_zeros(group["transcription"][()], "b")))
+            assert said == group.attrs["sentence_label"]
+            assert {"block_num", "trial_num", "session"} <= set(group.attrs)
+    with h5py.File(folder / session_names(2)[0] / "data_test.hdf5") as file:
+        assert sorted(file["trial_0000"]) == ["input_features"]
+        assert "sentence_label" not in file["trial_0000"].attrs
+
+
+def test_the_same_recipe_gives_the_same_values_and_another_seed_others(tmp_path: Path) -> None:
+    first = digests(make_dataset(tmp_path / "a", **SMALL))
+    assert digests(make_dataset(tmp_path / "b", **SMALL)) == first
+    other = digests(make_dataset(tmp_path / "c", **SMALL, seed=2))
+    assert all(other[name] != digest for name, digest in first.items())
+
+
+def test_a_folder_that_is_there_is_kept_and_a_strangers_refused(tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "a", **SMALL)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.hdf5")}
+    make_dataset(folder, **SMALL)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.hdf5")} == before
+    make_dataset(folder, **{**SMALL, "sessions": 1})
+    assert len(list(folder.glob("t15.*"))) == 1
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match="holds other files"):
+        make_dataset(tmp_path / "mine", **SMALL)
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layout_changes_nothing_but_the_bytes_on_disk(tmp_path: Path, layout: Any) -> None:
+    plain = make_dataset(tmp_path / "plain", **SMALL)
+    other = make_dataset(tmp_path / "other", **SMALL, layout=layout)
+    assert digests(plain) == digests(other)
+    with open_trials(plain, n_features=10) as one, open_trials(other, n_features=10) as two:
+        for step in range(3):
+            assert one.batch(step).features.numpy().tobytes() == two.batch(step).features.numpy().tobytes()
+
+
+def test_diphone_labels_come_with_the_phonemes(tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "a", **SMALL, labels="diphone")
+    with h5py.File(folder / session_names(1)[0] / "data_train.hdf5") as file:
+        group = file["trial_0001"]
+        length = group.attrs["seq_len"]
+        assert length == group.attrs["seq_len_phoneme"]
+        phonemes = group["seq_class_ids_phoneme"][:length]
+        np.testing.assert_array_equal(group["seq_class_ids"][:length], diphones_of(phonemes))
+
+
+def test_sentences_are_english_and_said_as_the_dictionary_says() -> None:
+    sentences = read_sentences(None)
+    assert len(sentences) > 300
+    said = {one.text: one for one in sentences}
+    assert len(said) == len(sentences)
+    for one in sentences[::50]:
+        assert 3 <= len(one.words) <= 9 and one.phonemes.count(SILENCE) == len(one.words)
+
+
+def test_text_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    numbers = "one two three four five six seven eight nine ten eleven twelve".split()
+    path.write_text(". ".join(f"{a} sees {b} again" for a in numbers for b in numbers[:3]) + ". Xqzt is no word.")
+    sentences = read_sentences(path)
+    assert len(sentences) == 36
+    spoken = {one.text: one for one in sentences}["one sees two again."]
+    assert [PHONEMES[code] for code in spoken.phonemes] == "W AH N SIL S IY Z SIL T UW SIL AH G EH N SIL".split()
+    assert spoken.cut(2) == Spoken("one sees.", spoken.words[:2])
+
+
+def test_splits_share_no_sentence(tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "a", **{**SMALL, "trials": 60, "features": 2, "longest_words": 9})
+    heard: dict[str, set[str]] = {}
+    for split in ("train", "val"):
+        for path in folder.rglob(f"data_{split}.hdf5"):
+            with h5py.File(path) as file:
+                heard.setdefault(split, set()).update(str(group.attrs["sentence_label"]) for group in file.values())
+    assert not heard["train"] & heard["val"]
+
+
+def frames(recipe: Recipe, day: int, seed: int, count: int = 600) -> tuple[np.ndarray, np.ndarray]:
+    """Bins in the middle of phonemes that are said long and alone, and which they were."""
+    random = np.random.default_rng(seed)
+    brain = brains(recipe)[day]
+    classes = random.integers(1, 41, count)
+    values = (brain.places[classes] @ brain.tuning + brain.offset) + recipe.noise * random.standard_normal(
+        (count, recipe.features)
+    )
+    return values.astype(np.float32), classes
+
+
+def accuracy(fitted: tuple[np.ndarray, np.ndarray], asked: tuple[np.ndarray, np.ndarray]) -> float:
+    """Of a linear decoder."""
+    values, classes = fitted
+    design = np.c_[values, np.ones(len(values))]
+    weights = np.linalg.solve(design.T @ design + 10 * np.eye(design.shape[1]), design.T @ np.eye(41)[classes])
+    return float((np.argmax(np.c_[asked[0], np.ones(len(asked[0]))] @ weights, 1) == asked[1]).mean())
+
+
+def test_a_day_is_told_by_its_own_decoder_and_not_by_anothers() -> None:
+    recipe = Recipe(features=48, sessions=4)
+    own = accuracy(frames(recipe, 3, 1, 2400), frames(recipe, 3, 2))
+    others = accuracy(frames(recipe, 0, 1, 2400), frames(recipe, 3, 2))
+    days = [frames(recipe, day, 10 + day) for day in range(4)]
+    pooled = accuracy(
+        (np.concatenate([values for values, _ in days]), np.concatenate([classes for _, classes in days])),
+        frames(recipe, 3, 2),
+    )
+    assert own > 0.5 and others < own / 4, (own, others)
+    assert pooled < own * 0.7, "one decoder for all days is worse than each day's own, of as much data"
+    still = Recipe(features=48, sessions=4, drift=0.0)
+    assert accuracy(frames(still, 0, 1), frames(still, 3, 2)) > 0.5, "without drift it does not matter"
+
+
+def test_the_command_makes_it_and_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--sessions", "1", "--trials", "3", "--features", "4"]
+    assert command(["--out", str(tmp_path / "a"), *small]) == 0
+    assert "1 sessions" in capsys.readouterr().out
+    assert command(["--out", str(tmp_path / "b"), *small, "--drift", "2"]) == 2
+    assert capsys.readouterr().err == "error: --drift 2.0: must be from 0 to 1\n"

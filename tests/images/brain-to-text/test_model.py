@@ -1,0 +1,118 @@
+"""The decoder computes what the reference one does, and takes weights in each of the forms that are about."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from brain_to_text.model import GRUDecoder, Shape, load_weights
+from estiba.errors import ConfigError
+
+SMALL = Shape(n_features=6, n_units=8, n_layers=2, n_classes=5, n_days=3, patch_size=4, patch_stride=2)
+
+
+def spelt_out(model: GRUDecoder, x_BTC: torch.Tensor, day_of: list[int]) -> torch.Tensor:
+    """The decoder by its description: one trial, one patch at a time."""
+    shape, rows = model.shape, []
+    for x_TC, day in zip(x_BTC, day_of, strict=True):
+        y_TC = nn.functional.softsign(x_TC @ model.day_weights[day] + model.day_biases[day])
+        starts = range(0, len(y_TC) - shape.patch_size + 1, shape.patch_stride)
+        rows.append(torch.stack([torch.cat(list(y_TC[start : start + shape.patch_size])) for start in starts]))
+    states = model.h0.repeat(shape.n_layers * (2 if shape.bidirectional else 1), len(rows), 1)
+    output, _ = model.gru(torch.stack(rows), states)
+    logits: torch.Tensor = output @ model.out.weight.T + model.out.bias
+    return logits
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_logits_are_those_of_the_description(bidirectional: bool) -> None:
+    model = GRUDecoder(Shape(**{**SMALL.__dict__, "bidirectional": bidirectional}), seed=1).eval()
+    with torch.no_grad():
+        for number, weight in enumerate(model.day_weights):
+            weight += 0.1 * torch.randn(6, 6, generator=torch.Generator().manual_seed(number))
+    x_BTC, day_of = torch.randn(4, 21, 6), [2, 0, 2, 2]
+    logits = model(x_BTC, (0, 2), torch.tensor([1, 0, 1, 1]))
+    assert logits.shape == (4, SMALL.frames(21), 5)
+    torch.testing.assert_close(logits, spelt_out(model, x_BTC, day_of))
+
+
+def test_without_patches_each_bin_is_an_output() -> None:
+    shape = Shape(n_features=6, n_units=8, n_layers=1, n_days=1, patch_size=0)
+    assert GRUDecoder(shape)(torch.randn(2, 9, 6), (0,), torch.zeros(2, dtype=torch.long)).shape == (2, 9, 41)
+    assert shape.frames(9) == 9
+
+
+@pytest.mark.parametrize("n_bins", range(1, 40))
+def test_the_number_of_outputs_is_that_of_the_network(n_bins: int) -> None:
+    frames = SMALL.frames(n_bins)
+    windows = len(range(0, n_bins - SMALL.patch_size + 1, SMALL.patch_stride))
+    assert max(0, frames) == windows
+
+
+def test_layers_of_days_begin_as_identity_and_hidden_weights_orthogonal() -> None:
+    model = GRUDecoder(SMALL, seed=3)
+    assert all(torch.equal(weight, torch.eye(6)) for weight in model.day_weights)
+    assert all(not bias.any() for bias in model.day_biases)
+    hidden = model.gru.weight_hh_l0
+    torch.testing.assert_close(hidden.T @ hidden, torch.eye(8), atol=1e-5, rtol=0)
+
+
+def test_the_seed_decides_the_weights_and_leaves_the_generator_alone() -> None:
+    torch.manual_seed(0)
+    first = torch.rand(1)
+    torch.manual_seed(0)
+    one = GRUDecoder(SMALL, seed=3)
+    assert torch.equal(torch.rand(1), first)
+    assert torch.equal(one.out.weight, GRUDecoder(SMALL, seed=3).out.weight)
+    assert not torch.equal(one.out.weight, GRUDecoder(SMALL, seed=4).out.weight)
+
+
+def test_a_day_that_is_not_in_the_batch_has_no_gradient() -> None:
+    model = GRUDecoder(SMALL, seed=1)
+    model(torch.randn(2, 12, 6), (1,), torch.zeros(2, dtype=torch.long)).sum().backward()
+    assert model.day_weights[1].grad is not None
+    assert model.day_weights[0].grad is None
+
+
+def test_the_reference_model_has_the_published_size() -> None:
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in GRUDecoder(Shape(n_days=45)).parameters())
+    gru = 3 * 768 * (7168 + 768 + 2) + 4 * 3 * 768 * (768 + 768 + 2)
+    assert count == gru + 45 * (512 * 512 + 512) + 768 * 41 + 41 + 768
+
+
+def test_weights_are_taken_in_upstreams_compiled_form_and_the_guides_stacked_one() -> None:
+    model, other = GRUDecoder(SMALL, seed=1), GRUDecoder(SMALL, seed=2)
+    weights = model.state_dict()
+    load_weights(other, {f"_orig_mod.{name}": tensor for name, tensor in weights.items()}, "upstream's")
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in weights.items())
+    stacked = {name: tensor for name, tensor in weights.items() if not name.startswith("day_")}
+    stacked["day_weights"] = torch.stack([weights[f"day_weights.{day}"] + day for day in range(3)])
+    stacked["day_biases"] = torch.cat([weights[f"day_biases.{day}"] for day in range(3)])
+    load_weights(other, stacked, "the guide's")
+    assert torch.equal(other.day_weights[2], weights["day_weights.2"] + 2)
+
+
+def test_weights_of_other_sizes_are_refused() -> None:
+    weights = GRUDecoder(Shape(**{**SMALL.__dict__, "n_days": 2})).state_dict()
+    with pytest.raises(ConfigError, match=r"other\.pt: these are weights of another decoder.*sessions"):
+        load_weights(GRUDecoder(SMALL), weights, "other.pt")
+
+
+def test_compiled_it_computes_the_same_for_a_few_lengths() -> None:
+    if not torch._dynamo.is_dynamo_supported():
+        pytest.skip("torch.compile does not run on this Python")
+    model = GRUDecoder(SMALL, seed=1).eval()
+    x_BTC, index = torch.randn(2, 64, 6), torch.tensor([0, 1])
+    plain = model(x_BTC, (0, 1), index)
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()  # counts graphs, and needs no compiler of C++
+    model._network = torch.compile(model._decode, backend=counter)
+    torch.testing.assert_close(model(x_BTC, (0, 1), index), plain)
+    lengths = [64, 128, 192, 256, 320, 128, 64]
+    for days in ((0, 1), (1, 2), (0, 2)):
+        for length in lengths:
+            model(torch.randn(2, length, 6), days, index)
+    assert counter.frame_count <= 6
