@@ -239,7 +239,7 @@ def make_case(device: Any, sizes: dict[str, int], n_classes: int, *, compiled: b
     config = BrainConfig(
         n_units=sizes["n_units"],
         n_layers=sizes["n_layers"],
-        n_classes=n_classes,
+        n_classes=n_classes,  # type: ignore[arg-type]
         batch_size=sizes["batch"],
         use_composite_loss=n_classes == 1681,
         compile=compiled,
