@@ -285,8 +285,7 @@ def prepare_brain_to_text(image: Image, folder: Path) -> Prepared:
                 says=("/opt/ml/input/data/dataset", "-v DIR:/opt/ml/input/data/dataset"),
                 without_channels=("dataset",),
             ),
-            Refusal(what="another width", settings={"n-input-features": 512}, says=("512", "12")),
-            Refusal(what="no such session", settings={"sessions": "t15.1999.01.01"}, says=("t15.1999.01.01",)),
+            Refusal(what="no such settings file", settings={"config-file": "nadie.yaml"}, says=("nadie.yaml",)),
         ),
         writes="model",
     )
