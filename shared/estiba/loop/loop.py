@@ -82,18 +82,18 @@ class Loop:
             of_loop = state["loop"]
             self.step, self.evaluated = of_loop["step"], of_loop["evaluated"]
             self.skipped, self.metrics = of_loop["skipped"], of_loop["metrics"]
-            self._meter.load_state_dict(of_loop["meter"])
             rows = of_loop["rows"]
             if self.ranks.is_first or found.manifest.ranks == self.ranks.count:
                 randomness.put_back(state["random"])
+                self._meter.load_state_dict(state["meter"])
             else:  # this rank was not there
                 randomness.seed(self.settings.seed + self.ranks.rank + self.step * 1009)
         if self.ranks.is_first:
             self.history.start(rows, total_steps=self.settings.schedule.steps, step=self.step)
 
     def state(self) -> dict[str, Any]:
-        """Everything that decides the rest of the run. Other ranks than the first have their random state to add."""
-        own = {"random": randomness.take()}
+        """Everything that decides the rest of the run. Other ranks than the first add what is their own."""
+        own = {"random": randomness.take(), "meter": self._meter.state_dict()}
         if not self.ranks.is_first:
             return own
         return {
@@ -108,7 +108,6 @@ class Loop:
                 "evaluated": self.evaluated,
                 "skipped": self.skipped,
                 "metrics": self.metrics,
-                "meter": self._meter.state_dict(),
                 "rows": self.history.rows,
             },
         }

@@ -229,10 +229,10 @@ def test_what_cannot_be_resumed_from_is_refused(what: str, whole: Path, text: Pa
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"learning_rate": 0.001}, "schedule"),
+        ({"learning_rate": 0.001}, "schedule.peak"),
         ({"seed": 43}, "seed"),
         ({"batch_size": 8}, "sequences_per_step"),
-        ({"dropout": 0.3}, "model"),
+        ({"dropout": 0.3}, "model.dropout"),
     ],
 )
 def test_a_changed_plan_is_refused_by_name(
