@@ -55,7 +55,7 @@ def test_a_full_disk_costs_one_save_and_saving_goes_on_when_there_is_space(
         os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(small_disk).free - (1 << 20))
     checkpoints.save(2, state_of(2, **WIDE), wait=True)
     err = capfd.readouterr().err
-    assert "no checkpoint at step 2" in err and "0.01 GB needed, 0.00 GB free; free some" in err
+    assert "no checkpoint at step 2" in err and "12.6 MB needed, 1.0 MB free; free some" in err
     assert "The run goes on; the newest is of step 1" in err and checkpoints.newest == 1
     (small_disk / "somebody's").unlink()
     checkpoints.save(3, state_of(3, **WIDE), wait=True)
