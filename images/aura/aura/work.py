@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 
 from aura.choices import Choices, choose, device_of, preset_of, schedule_of, sizes_of, tokenizer_of
 from aura.config import AuraConfig
@@ -31,6 +30,7 @@ from estiba.loop.history import History
 from estiba.loop.loop import Loop
 from estiba.loop.settings import Settings
 from estiba.loop.work import Sums, Work
+from estiba.places import checkpoint_places, writable
 from estiba.ranks import Ranks
 from estiba.stop import Stop, say
 from estiba.store import FileStore, open_store
@@ -129,7 +129,7 @@ def train(config: AuraConfig, job: Job, stop: Stop) -> None:
         raise ConfigError(
             f"{job.host_count} hosts: aura trains on the GPUs of one; set InstanceCount to 1 and take a larger instance"
         )
-    folder, upload = _places(config)
+    folder, upload = checkpoint_places(config.checkpoint_path, config.checkpoint_upload)
     output = _output_folder(config)
     checkpoints = Checkpoints(
         folder,
@@ -203,36 +203,11 @@ def _settings(config: AuraConfig, choices: Choices, corpus: Corpus) -> Settings:
     )
 
 
-def _places(config: AuraConfig) -> tuple[Path, str | None]:
-    """The directory that checkpoints are written to, and where they are copied. Raises ConfigError."""
-    store = open_store(config.checkpoint_path)
-    if isinstance(store, FileStore):
-        return _writable(store.root, "--checkpoint-path"), config.checkpoint_upload
-    if config.checkpoint_upload is not None:
-        raise ConfigError(f"--checkpoint-path {config.checkpoint_path} is on S3 already; leave --checkpoint-upload out")
-    name = xxhash.xxh3_64_hexdigest(config.checkpoint_path.rstrip("/").encode())
-    return Path(tempfile.gettempdir()) / f"estiba-checkpoints-{name}", config.checkpoint_path
-
-
 def _output_folder(config: AuraConfig) -> Path:
     """Where outputs are written; those for S3 go there at the end."""
     store = open_store(config.output_dir)
     folder = store.root if isinstance(store, FileStore) else Path(tempfile.mkdtemp(prefix="estiba-aura-"))
-    return _writable(folder, "--output-dir")
-
-
-def _writable(folder: Path, flag: str) -> Path:
-    """Find out now, not after an hour. Raises ConfigError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"{folder}: cannot be written ({error.strerror}) by user {os.getuid()}; mount a directory that this user "
-            f"may write, or pass another {flag}"
-        ) from None
-    return folder
+    return writable(folder, "--output-dir")
 
 
 def _load_weights(model: Aura, weights: Mapping[str, torch.Tensor], place: str | None) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 import torch
-import xxhash
 
 from brain_to_text.augment import Noise
 from brain_to_text.config import BrainConfig
@@ -19,7 +16,6 @@ from estiba.contract import root_of
 from estiba.errors import ConfigError
 from estiba.loop.settings import Precision, Settings
 from estiba.stop import say
-from estiba.store import FileStore, open_store
 
 if TYPE_CHECKING:
     from brain_to_text.data import Trials
@@ -195,28 +191,3 @@ def cache_bytes(limit_gb: float | None, share: float) -> int:
         except (OSError, ValueError):  # no such cgroup, or "max"
             continue
     return int(free * share)
-
-
-def checkpoint_places(config: BrainConfig) -> tuple[Path, str | None]:
-    """The directory that checkpoints are written to, and where they are copied. Raises ConfigError."""
-    store = open_store(config.checkpoint_path)
-    if isinstance(store, FileStore):
-        return writable(store.root, "--checkpoint-path"), config.checkpoint_upload
-    if config.checkpoint_upload is not None:
-        raise ConfigError(f"--checkpoint-path {config.checkpoint_path} is on S3 already; leave --checkpoint-upload out")
-    name = xxhash.xxh3_64_hexdigest(config.checkpoint_path.rstrip("/").encode())
-    return Path(tempfile.gettempdir()) / f"estiba-checkpoints-{name}", config.checkpoint_path
-
-
-def writable(folder: Path, flag: str) -> Path:
-    """Find out now, not after an hour. Raises ConfigError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"{folder}: cannot be written ({error.strerror}) by user {os.getuid()}; mount a directory that this user "
-            f"may write, or pass another {flag}"
-        ) from None
-    return folder

@@ -24,6 +24,7 @@ from estiba.config import Config
 from estiba.errors import ConfigError
 from estiba.loop.precision import Mixed
 from estiba.loop.settings import Precision
+from estiba.places import writable
 from estiba.stop import Stop, say
 from estiba.store import FileStore
 
@@ -73,7 +74,7 @@ def evaluate(config: EvaluateConfig, stop: Stop) -> dict[str, Any]:
     if config.average == "weights" and len(decoders) > 1:
         decoders = [_mean(decoders)]
     first = decoders[0]
-    output = choices.writable(Path(config.output_dir), "--output-dir")
+    output = writable(Path(config.output_dir), "--output-dir")
     trials = _open(config, first, stop)
     mixed = Mixed(config.precision, device)
     verdicts: list[Verdict] = []

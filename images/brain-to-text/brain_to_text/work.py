@@ -30,6 +30,7 @@ from estiba.loop.ahead import POLL_S
 from estiba.loop.history import History
 from estiba.loop.loop import Loop
 from estiba.loop.work import Sums, Work
+from estiba.places import checkpoint_places, writable
 from estiba.stop import Stop, say
 
 if TYPE_CHECKING:
@@ -258,9 +259,9 @@ def train(config: BrainConfig, job: Job, stop: Stop) -> None:
     if job.host_count > 1:
         raise ConfigError(f"{job.host_count} hosts: this decoder is trained on one GPU of one; set InstanceCount to 1")
     device = choices.device_of(config.device, config.gpu_number)
-    folder, upload = choices.checkpoint_places(config)
-    output = choices.writable(Path(config.output_data_dir), "--output-data-dir")
-    model_dir = choices.writable(Path(config.model_dir), "--model-dir")
+    folder, upload = checkpoint_places(config.checkpoint_path, config.checkpoint_upload)
+    output = writable(Path(config.output_data_dir), "--output-data-dir")
+    model_dir = writable(Path(config.model_dir), "--model-dir")
     checkpoints = Checkpoints(
         folder,
         retention=Retention(
