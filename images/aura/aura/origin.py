@@ -14,7 +14,7 @@ from estiba.checkpoint.exports import import_pt
 from estiba.checkpoint.saver import Checkpoints, Restored
 from estiba.errors import CheckpointError, ConfigError
 from estiba.stop import say
-from estiba.store import stage
+from estiba.store import open_store, stage
 
 
 def find_origin(
@@ -80,8 +80,6 @@ def _local(place: str) -> Path:
     parent, _, name = place.rstrip("/").rpartition("/")
     folder = Path(tempfile.gettempdir()) / f"estiba-resume-{xxhash.xxh3_64_hexdigest(place.encode())}"
     if name.endswith(".pt"):
-        from estiba.store import open_store
-
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / name
         with open_store(parent).open(name) as reading, open(target, "wb") as writing:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
+from estiba.checkpoint.disk import padded
 from estiba.stop import say
 
-PAGE_BYTES = 4096
 POPULATE_STEP_BYTES = 64 << 20
 MADV_POPULATE_WRITE = 23  # Linux 5.14
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -39,7 +39,7 @@ class Arena:
 
     def reserve(self, size_bytes: int) -> None:
         """Have room for so many bytes. What was in the arena is void when it grows."""
-        size_bytes = -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
+        size_bytes = padded(size_bytes)
         if size_bytes <= self.size_bytes:
             return
         self._wait()

@@ -24,6 +24,11 @@ DIGEST_BYTES = 32 << 20
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+def padded(size_bytes: int) -> int:
+    """Up to whole pages, which direct input and output move."""
+    return -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
+
+
 def write(path: Path, memory: memoryview, start: int, size_bytes: int) -> str:
     """Write `memory[start:start + size_bytes]` to a new file and make it durable. Returns its xxh3-128.
 
@@ -50,7 +55,7 @@ def write(path: Path, memory: memoryview, start: int, size_bytes: int) -> str:
 
 def read(path: Path, size_bytes: int) -> memoryview:
     """A whole file of a size that is known, in writable memory that starts on a page. Raises OSError, EOFError."""
-    whole_bytes = max(PAGE_BYTES, -(-size_bytes // PAGE_BYTES) * PAGE_BYTES)
+    whole_bytes = max(PAGE_BYTES, padded(size_bytes))
     buffer = mmap.mmap(-1, whole_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError, AttributeError):  # large pages: to touch a gigabyte in small ones takes as long
         buffer.madvise(mmap.MADV_HUGEPAGE)  # as to read it
@@ -138,7 +143,7 @@ def _reserve(descriptor: int, size_bytes: int) -> None:
 
 def _write(descriptor: int, memory: memoryview, start: int, size_bytes: int, direct: bool) -> str:
     # Direct writes are whole pages; what is too much at the end is cut off afterwards.
-    end = -(-size_bytes // PAGE_BYTES) * PAGE_BYTES if direct else size_bytes
+    end = padded(size_bytes) if direct else size_bytes
     offsets = iter(range(0, end, CHUNK_BYTES))
     lock = threading.Lock()
     errors: list[OSError] = []

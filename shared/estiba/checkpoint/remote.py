@@ -11,7 +11,7 @@ from estiba.checkpoint import directory
 from estiba.checkpoint.directory import MANIFEST, Manifest
 from estiba.checkpoint.retention import Retention
 from estiba.errors import CheckpointError, StoreError
-from estiba.store import FileStore, Store, open_store
+from estiba.store import Store, open_store
 
 DOWNLOADS = 16
 DOWNLOAD_BYTES = 16 << 20
@@ -109,8 +109,3 @@ class Remote:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def is_remote(location: str) -> bool:
-    """Whether a place is not a directory of this machine."""
-    return not isinstance(open_store(location), FileStore)

@@ -28,8 +28,9 @@ from typing import Any
 import torch
 
 from estiba.checkpoint import directory, layout, tree
-from estiba.checkpoint.arena import PAGE_BYTES, Arena
+from estiba.checkpoint.arena import Arena
 from estiba.checkpoint.directory import Manifest
+from estiba.checkpoint.disk import padded
 from estiba.checkpoint.pieces import exclusive
 from estiba.checkpoint.remote import Remote
 from estiba.checkpoint.retention import Retention
@@ -227,7 +228,7 @@ class Checkpoints:
     def reserve(self, state: Mapping[str, Any]) -> None:
         """Get memory for snapshots of this size, and the writer, ready while the job goes on."""
         tensors, _ = tree.flatten(state)
-        self._arena.reserve(sum(_padded(plan.size_bytes) for _, plan, _ in self._plans(tensors)))
+        self._arena.reserve(sum(padded(plan.size_bytes) for _, plan, _ in self._plans(tensors)))
         self._start_writer()
 
     def save(
@@ -249,13 +250,13 @@ class Checkpoints:
         started = time.monotonic()
         tensors, skeleton = tree.flatten(state)
         plans = self._plans(tensors)
-        self._arena.reserve(sum(_padded(plan.size_bytes) for _, plan, _ in plans))
+        self._arena.reserve(sum(padded(plan.size_bytes) for _, plan, _ in plans))
         self._arena.pin()
         files, start = [], 0
         for name, plan, members in plans:
             self._copy(start, plan, members)
             files.append({"name": name, "start": start, "size": plan.size_bytes})
-            start += _padded(plan.size_bytes)
+            start += padded(plan.size_bytes)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         blocking_s = time.monotonic() - started
@@ -449,7 +450,3 @@ class Checkpoints:
         say(f"warning: no checkpoint at step {order.step}: {problem}. The run goes on; {kept}")
         order.problem = problem
         order.done.set()
-
-
-def _padded(size_bytes: int) -> int:
-    return -(-size_bytes // PAGE_BYTES) * PAGE_BYTES

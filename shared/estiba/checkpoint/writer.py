@@ -25,6 +25,7 @@ from typing import Any
 
 from estiba.checkpoint import directory, disk
 from estiba.checkpoint.directory import Manifest
+from estiba.checkpoint.pieces import digest_of
 from estiba.checkpoint.remote import Remote
 from estiba.checkpoint.retention import LEAST, Retention
 from estiba.errors import CheckpointError, EstibaError, StoreError
@@ -106,7 +107,7 @@ class Writer:
             memory.release()
             for name, data in texts.items():
                 directory.write_file(temporary / name, data)
-                written[name] = {"size": len(data), "xxh3_128": _digest(data)}
+                written[name] = {"size": len(data), "xxh3_128": digest_of(data)}
             if self.rank != 0:
                 _write_share(temporary, self.rank, written)
                 return None
@@ -235,12 +236,6 @@ class Writer:
             finally:
                 with self._lock:
                     self._sending = None
-
-
-def _digest(data: bytes) -> str:
-    import xxhash
-
-    return xxhash.xxh3_128_hexdigest(data)
 
 
 def _write_share(temporary: Path, rank: int, written: Mapping[str, Any]) -> None:
