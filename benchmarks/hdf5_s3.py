@@ -265,7 +265,7 @@ def obstore_file() -> Callable[[str], Any]:
             buffer[: len(data)] = memoryview(data)
             return len(data)
 
-    store = S3ObjectStore(f"s3://{BUCKET}/data")._store
+    store = S3ObjectStore(f"s3://{BUCKET}/data").client
     return lambda key: Whole(obstore.open_reader(store, key, buffer_size=128 * 1024))
 
 

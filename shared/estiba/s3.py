@@ -8,7 +8,6 @@ costs a minute. Credentials are asked for again every few minutes, and at once w
 from __future__ import annotations
 
 import contextlib
-import html
 import io
 import os
 import queue
@@ -24,16 +23,11 @@ import boto3
 import botocore.exceptions
 import obstore
 from obstore.auth.boto3 import Boto3CredentialProvider
-from obstore.exceptions import (
-    AlreadyExistsError,
-    BaseError,
-    PermissionDeniedError,
-    PreconditionError,
-    UnauthenticatedError,
-)
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import S3Store
 
 from estiba.errors import ConfigError, StoreError
+from estiba.s3_errors import first_line, is_denied, may_be_expired
 from estiba.store import Entry, Store, exact_reader
 
 CREDENTIAL_TTL = timedelta(minutes=5)
@@ -60,7 +54,20 @@ class S3ObjectStore(Store):
             raise ConfigError(f"{url}: names no bucket; write s3://BUCKET/PREFIX")
         self.url = url.rstrip("/")
         self.prefix = prefix.strip("/")
-        self._store = self._connect()
+        self.client = self._connect()
+        """obstore's client, for requests that this class has no method for."""
+        self._renewing = threading.Lock()
+
+    def renew(self, failed: S3Store) -> bool:
+        """Connect anew, so with new credentials, unless somebody did since `failed` was the client.
+
+        True where this call did it. Raises ConfigError and StoreError as making a store does.
+        """
+        with self._renewing:
+            if self.client is not failed:
+                return False
+            self.client = self._connect()
+            return True
 
     def _connect(self) -> S3Store:
         environ = os.environ
@@ -120,13 +127,13 @@ class S3ObjectStore(Store):
             )
         except (BaseError, OSError, ValueError) as error:
             raise ConfigError(
-                f"{self.url}: {_first_line(error)}; check the URL, AWS_ENDPOINT_URL_S3 and AWS_CA_BUNDLE"
+                f"{self.url}: {first_line(error)}; check the URL, AWS_ENDPOINT_URL_S3 and AWS_CA_BUNDLE"
             ) from error
 
     def list(self, prefix: str = "") -> list[Entry]:
         def collect() -> list[Entry]:
             found = []
-            for chunk in obstore.list(self._store, prefix=prefix or None, chunk_size=1000):
+            for chunk in obstore.list(self.client, prefix=prefix or None, chunk_size=1000):
                 found += [Entry(meta["path"], meta["size"], meta["e_tag"]) for meta in chunk]
             return found
 
@@ -138,7 +145,7 @@ class S3ObjectStore(Store):
     def head(self, path: str) -> Entry | None:
         def look() -> Entry | None:
             try:
-                meta = obstore.head(self._store, path)
+                meta = obstore.head(self.client, path)
             except FileNotFoundError:
                 return None
             return Entry(path, meta["size"], meta["e_tag"])
@@ -149,11 +156,11 @@ class S3ObjectStore(Store):
         if length == 0:
             return b""
         if length is None and start == 0:
-            return self._do(path, lambda: bytes(obstore.get(self._store, path).bytes()))
+            return self._do(path, lambda: bytes(obstore.get(self.client, path).bytes()))
         end = length if length is not None else self._size(path) - start
         if end == 0:
             return b""
-        data = self._do(path, lambda: bytes(obstore.get_range(self._store, path, start=start, length=end)))
+        data = self._do(path, lambda: bytes(obstore.get_range(self.client, path, start=start, length=end)))
         if len(data) != end:
             raise StoreError(f"{self.url_of(path)}: {len(data)} bytes at {start} where {end} were asked for; try again")
         return data
@@ -181,12 +188,12 @@ class S3ObjectStore(Store):
     def put(self, path: str, data: bytes | Iterator[bytes]) -> None:
         """One PUT for bytes; one multipart upload for an iterator, which is never run twice."""
         if isinstance(data, bytes):
-            self._do(path, lambda: obstore.put(self._store, path, data, use_multipart=False))
+            self._do(path, lambda: obstore.put(self.client, path, data, use_multipart=False))
             return
 
         def upload() -> None:
             obstore.put(
-                self._store, path, data, use_multipart=True, chunk_size=PART_BYTES, max_concurrency=UPLOADS_IN_FLIGHT
+                self.client, path, data, use_multipart=True, chunk_size=PART_BYTES, max_concurrency=UPLOADS_IN_FLIGHT
             )
 
         self._do(path, upload, may_repeat=False)
@@ -195,7 +202,7 @@ class S3ObjectStore(Store):
         self._do(
             path,
             lambda: obstore.put(
-                self._store,
+                self.client,
                 path,
                 source,
                 use_multipart=True,
@@ -216,47 +223,47 @@ class S3ObjectStore(Store):
                     count += 1
         except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError) as error:
             raise StoreError(
-                f"{self.url}: unfinished uploads were not aborted ({_first_line(error)}); allow this role "
+                f"{self.url}: unfinished uploads were not aborted ({first_line(error)}); allow this role "
                 "s3:ListBucketMultipartUploads and s3:AbortMultipartUpload, or give the bucket a lifecycle rule"
             ) from error
         return count
 
     def write_new(self, path: str, data: bytes) -> bool:
         try:
-            self._do(path, lambda: obstore.put(self._store, path, data, mode="create"))
+            self._do(path, lambda: obstore.put(self.client, path, data, mode="create"))
         except (AlreadyExistsError, PreconditionError):
             return False
         return True
 
     def delete(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            self._do(path, lambda: obstore.delete(self._store, path), missing_is_error=False)
+            self._do(path, lambda: obstore.delete(self.client, path), missing_is_error=False)
 
     def rename(self, path: str, new_path: str) -> None:
-        self._do(path, lambda: obstore.rename(self._store, path, new_path))
+        self._do(path, lambda: obstore.rename(self.client, path, new_path))
 
     def _do(self, path: str, action: Callable[[], T], *, missing_is_error: bool = True, may_repeat: bool = True) -> T:
         """Run one request; renew credentials once when they are called expired; explain what fails."""
-        url = self.url_of(path)
+        url, client = self.url_of(path), self.client
         try:
             try:
                 return action()
             except (BaseError, OSError) as error:
-                if not may_repeat or not _may_be_expired(error):
+                if not may_repeat or not may_be_expired(error):
                     raise
-                self._store = self._connect()
+                self.renew(client)
                 return action()
         except (AlreadyExistsError, PreconditionError):
             raise
         except FileNotFoundError as error:
             if not missing_is_error:
                 raise
-            raise StoreError(f"{url}: {_first_line(error)}; check the bucket and the prefix") from error
+            raise StoreError(f"{url}: {first_line(error)}; check the bucket and the prefix") from error
         except (BaseError, OSError, ValueError, botocore.exceptions.BotoCoreError) as error:
-            text = _first_line(error)
+            text = first_line(error)
             if "ExpiredToken" in text:
                 raise StoreError(f"{url}: {text}; renew the credentials, or give the job a role that does") from error
-            if _is_denied(error):
+            if is_denied(error):
                 raise StoreError(
                     f"{url}: access denied ({text}); allow this role s3:GetObject, s3:ListBucket and, "
                     "for outputs, s3:PutObject and s3:DeleteObject"
@@ -375,22 +382,3 @@ class _Upload(io.RawIOBase):
 
 class _Abandoned(Exception):
     """The block that wrote the object raised."""
-
-
-def _is_denied(error: BaseException) -> bool:
-    """A listing that is denied comes as a generic error."""
-    return isinstance(error, (PermissionDeniedError, UnauthenticatedError)) or "403 Forbidden" in str(error)
-
-
-def _may_be_expired(error: BaseException) -> bool:
-    """Whether new credentials could help: S3 says so with status 400, others with 403, a HEAD without words."""
-    text = str(error)
-    return _is_denied(error) or "ExpiredToken" in text or ("performing HEAD" in text and "400 Bad Request" in text)
-
-
-def _first_line(error: BaseException) -> str:
-    """obstore's message without its Rust debug dump; S3's own words where it said any."""
-    text = str(error).split("\n\nDebug source:")[0]
-    if said := re.search(r"<Code>(.*?)</Code>.*?<Message>(.*?)</Message>", text, re.DOTALL):
-        text = f"{said[1]}: {html.unescape(said[2])}"
-    return " ".join(text.split())[:400] or type(error).__name__

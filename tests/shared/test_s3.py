@@ -490,4 +490,4 @@ def test_the_region_is_the_standard_variable_and_never_missing(s3: S3Server, mon
             monkeypatch.setenv(name, value)
         store = open_store("s3://estiba/x")
         assert isinstance(store, S3ObjectStore)
-        assert store._store.config.get("region") == region
+        assert store.client.config.get("region") == region

@@ -15,7 +15,7 @@ from estiba.errors import DataError
 from estiba.stop import say
 
 if TYPE_CHECKING:
-    from brain_to_text.data import Batch
+    from brain_to_text.collate import Batch
 
 
 class Micro(NamedTuple):
@@ -105,6 +105,10 @@ class Preparation:
     def _padded(self, features_BTC: Tensor, n_bins: np.ndarray, cut: int) -> Tensor:
         longest = int(n_bins.max())
         length = -(-max(longest, self.shape.patch_size, 1) // self.bucket) * self.bucket
+        if features_BTC.shape[1] >= cut + length:  # the reader left room
+            view = features_BTC[:, cut : cut + length]
+            view[:, longest:] = 0.0  # bins that a trial has beyond its n_time_steps
+            return view
         padded = features_BTC.new_zeros(features_BTC.shape[0], length, features_BTC.shape[2])
         padded[:, :longest] = features_BTC[:, cut : cut + longest]
         return padded

@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from brain_to_text.augment import Noise
+from brain_to_text.collate import Room
 from brain_to_text.config import BrainConfig
 from brain_to_text.model import Shape
 from brain_to_text.optimizer import Course
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 BUCKET = 64
 """Bins; a handful of lengths for trials of some 950, and 3% more work."""
+STEP_BYTES = 8 * 10**9
+"""Left free on a GPU for the decoder and its step: some 5 GB by count of its tensors at upstream's sizes."""
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
@@ -152,7 +155,15 @@ def checkpoint_channel() -> Path:
     return root_of() / "input/data/checkpoint"
 
 
-def open_trials(config: BrainConfig, split: str, stop: Stop, *, sessions: list[str] | None) -> Trials:
+def room_of(config: BrainConfig, device: torch.device, split: str) -> Room:
+    """All that Preparation pads a batch to."""
+    cut = max(0, config.random_cut - 1) if split == "train" else 0
+    return Room(multiple_of=bucket_of(config, device), least=max(1, config.patch_size), spare=cut)
+
+
+def open_trials(
+    config: BrainConfig, split: str, stop: Stop, *, sessions: list[str] | None, device: torch.device
+) -> Trials:
     """Raises DataError, ConfigError, StoreError: everything that the index can know, before the first step."""
     from brain_to_text.data import Trials
 
@@ -177,7 +188,27 @@ def open_trials(config: BrainConfig, split: str, stop: Stop, *, sessions: list[s
         feature_subset=config.feature_subset,
         must_include_days=config.must_include_days,
         bad_trials=config.bad_trials_dict,
+        room=room_of(config, device, split),
     )
+
+
+def keep_on_device(config: BrainConfig, trials: Trials, device: torch.device) -> None:
+    """Let the device hold all training trials where they fit. Raises ConfigError where they do not and must."""
+    is_half = config.device_cache_dtype == "float16"
+    limit_bytes = 0
+    if config.device_cache_gb is not None:
+        limit_bytes = int(config.device_cache_gb * 1e9)
+    elif device.type == "cuda":
+        limit_bytes = max(0, torch.cuda.mem_get_info(device)[0] - STEP_BYTES)
+    if limit_bytes and trials.keep_on(
+        device, limit_bytes=limit_bytes, dtype=torch.float16 if is_half else torch.float32
+    ):
+        say(f"each of the {trials.n_trials:,} training trials stays on {device} once it is read")
+    elif is_half:
+        raise ConfigError(
+            f"--device-cache-dtype float16: {device} has {limit_bytes / 1e9:.1f} GB for trials and they do not fit, so "
+            "that nothing would be rounded; leave it out, or give more with --device-cache-gb"
+        )
 
 
 def cache_bytes(limit_gb: float | None, share: float) -> int:

@@ -195,6 +195,10 @@ class BrainConfig(Config):
     """Where the byte index is kept when the data's own place cannot be written."""
     cache_gb: Annotated[float, Field(ge=0)] | None = None
     """Memory for trials; default is 40% of what is free."""
+    device_cache_gb: Annotated[float, Field(ge=0)] | None = None
+    """Memory of the GPU for trials, used when all of them fit; default is what is free but for 8 GB."""
+    device_cache_dtype: Literal["float32", "float16"] = "float32"
+    """How they lie there; float16 takes half and rounds features to 11 bits."""
     disk_cache_dir: str | None = None
     """A directory on a fast disk for trials that memory does not hold."""
     disk_cache_gb: Rate = 50.0
@@ -248,6 +252,7 @@ FREE = frozenset(
     """config_file s3_bucket s3_data_prefix dataset_dir model_dir output_data_dir gpu_number device use_amp precision
     num_training_batches batches_per_train_log log_individual_day_val_PER save_best_checkpoint save_final_model
     save_all_val_steps init_from_checkpoint init_checkpoint_path num_dataloader_workers index_path cache_gb
+    device_cache_gb
     disk_cache_dir disk_cache_gb ahead_batches on_bad_trial compile checkpoint_path checkpoint_upload save_every_s
     keep_last keep_best accept_changed_plan sessions""".split()
 )

@@ -12,9 +12,8 @@ import dataclasses
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,10 +21,12 @@ import xxhash
 
 from brain_to_text.buffers import Buffers
 from brain_to_text.check import Wanted, check_trials, choose_sessions
+from brain_to_text.collate import Batch, Room, collate, describe
 from brain_to_text.index import find_objects, open_indexes
 from brain_to_text.plan import NEVER, Plan, SeededPlan, Upcoming, UpstreamPlan
 from brain_to_text.ranges import open_ranges
 from brain_to_text.reader import Known, Reader
+from brain_to_text.resident import Resident
 from brain_to_text.schema import Split
 from brain_to_text.tiers import DiskTier, MemoryTier
 from estiba.errors import ConfigError, DataError, EstibaError
@@ -37,26 +38,11 @@ HORIZON_STEPS = 2048
 SWEEP_AHEAD = 2
 
 
-@dataclass(frozen=True)
-class Batch:
-    """B trials, padded with zeros at their ends. Shapes: T the longest trial, C features, L the most labels."""
+class _Drawn(NamedTuple):
+    """A batch of the plan, and the trials of it that the reader was asked for."""
 
-    features: torch.Tensor
-    """float32[B, T, C]."""
-    labels: torch.Tensor
-    """int64[B, L]."""
-    n_time_steps: torch.Tensor
-    """int64[B]."""
-    label_lengths: torch.Tensor
-    """int64[B]."""
-    day: torch.Tensor
-    """int64[B]: index into `Trials.sessions`."""
-    phoneme_labels: torch.Tensor | None
-    """int64[B, M], where the labels are diphones."""
-    phoneme_lengths: torch.Tensor | None
-    sentences: list[str | None]
-    trial: list[str]
-    """'t15.2023.08.11/trial_0007'."""
+    ids: list[int]
+    asked: list[int]
 
 
 class Trials:
@@ -73,12 +59,15 @@ class Trials:
         ahead_batches: int,
         skips: bool,
         bad: list[str],
+        room: Room,
         stop: Stop,
     ) -> None:
         self.sessions, self.identity, self.bad = sessions, identity, bad
         self.known, self.reader, self.plan = known, reader, plan
-        self._ahead, self._skips, self._stop = ahead_batches, skips, stop
-        self._pending: dict[int, list[int]] = {}
+        self._ahead, self._skips, self._room, self._stop = ahead_batches, skips, room, stop
+        self._pending: dict[int, _Drawn] = {}
+        self._resident: Resident | None = None
+        self._device_hits = 0
         self._lock = threading.RLock()
         self._upcoming: Upcoming | None = None
         self._named: set[str] = set()
@@ -108,6 +97,7 @@ class Trials:
         feature_subset: Sequence[int] | None = None,
         must_include_days: Sequence[int] | None = None,
         bad_trials: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
+        room: Room = Room(),
     ) -> Trials:
         """Index what is not indexed yet and check all of it against what the model expects.
 
@@ -153,7 +143,7 @@ class Trials:
         )  # fmt: skip
         trials = cls(
             known, reader, sessions=names, plan=plan, identity=identity, ahead_batches=ahead_batches,
-            skips=on_bad_trial == "skip", bad=bad, stop=stop,
+            skips=on_bad_trial == "skip", bad=bad, room=room, stop=stop,
         )  # fmt: skip
         trials._upcoming = upcoming
         return trials
@@ -171,6 +161,15 @@ class Trials:
         """Time steps of one trial's features."""
         return self.reader.shape_of(position)[0]
 
+    def keep_on(self, device: torch.device, *, limit_bytes: int, dtype: torch.dtype = torch.float32) -> bool:
+        """Have `batch` keep every trial it has read on the device, and no longer in memory; False where not all fit."""
+        lengths = [self.steps_stored(position) for position in range(self.n_trials)]
+        if Resident.size_bytes(lengths, self.width, dtype) > limit_bytes:
+            return False
+        self._resident = Resident(lengths, self.width, device=device, dtype=dtype)
+        self.reader.memory.shelf.limit_bytes = 0
+        return True
+
     def batch(self, step: int) -> Batch:
         """The plan's batch of `step`; the trials of the steps behind it are asked for. Safe in threads."""
         if self.plan is None:
@@ -179,32 +178,35 @@ class Trials:
             is_first = step not in self._pending
             # Nobody is ahead of the first batch: what comes after it waits until it is there.
             self._look_ahead(step, 0 if is_first else self._ahead)
-            ids = self._pending[step]
-            futures = self.reader.ask(ids, again=True)
+            drawn = self._pending[step]
+            futures = self.reader.ask(drawn.asked, again=True)
         try:
-            arrived = self._arrived(ids, futures)
+            arrived = self._arrived(drawn.asked, futures)
             if is_first:
                 with self._lock:
                     self._look_ahead(step, self._ahead)
-            return collate(arrived, self._buffers)
+            return self._side_by_side(arrived) if self._resident is None else self._gathered(drawn.ids, arrived)
         finally:
             with self._lock:
                 assert self._upcoming is not None
                 self._upcoming.advance(step + 1)  # what is kept now is kept for the steps behind this one
-                self.reader.release(ids)
-                if self._pending.get(step) is ids:
-                    self.reader.release(self._pending.pop(step))
+                self.reader.release(drawn.asked)
+                if self._pending.get(step) is drawn:
+                    self.reader.release(self._pending.pop(step).asked)
 
     def _look_ahead(self, step: int, ahead: int) -> None:
         assert self.plan is not None and self._upcoming is not None
         wanted = range(step, step + 1 + ahead)
         for old in [one for one in self._pending if one not in wanted]:
-            self.reader.release(self._pending.pop(old))
+            self.reader.release(self._pending.pop(old).asked)
         for one in wanted:
             if one not in self._pending:
                 ids = self.plan.trials(one).tolist()
-                self.reader.ask(ids)
-                self._pending[one] = ids
+                resident = self._resident
+                asked = ids if resident is None else [trial for trial in ids if trial not in resident]
+                self._device_hits += len(ids) - len(asked)
+                self.reader.ask(asked)
+                self._pending[one] = _Drawn(ids, asked)
         self._upcoming.advance(step)  # while the first ones are on their way
 
     def sweep(self, batch_size: int) -> list[list[int]]:
@@ -223,7 +225,7 @@ class Trials:
         ids = list(ids)
         futures = self.reader.ask(ids)
         try:
-            return self._assemble(ids, futures)
+            return self._side_by_side(self._arrived(ids, futures))
         finally:
             self.reader.release(ids)
 
@@ -238,7 +240,7 @@ class Trials:
                     asked.append(following)
                 futures = self.reader.ask(asked[at], again=True)
                 try:
-                    batch = self._assemble(asked[at], futures)
+                    batch = self._side_by_side(self._arrived(asked[at], futures))
                 finally:
                     self.reader.release(asked[at])
                 yield batch
@@ -248,24 +250,32 @@ class Trials:
             for left in asked:
                 self.reader.release(left)
 
-    def _assemble(self, ids: Sequence[int], futures: Sequence[Future[np.ndarray]]) -> Batch:
-        return collate(self._arrived(ids, futures), self._buffers)
-
-    def _arrived(self, ids: Sequence[int], futures: Sequence[Future[np.ndarray]]) -> list[tuple[Known, np.ndarray]]:
-        kept: list[tuple[Known, np.ndarray]] = []
+    def _arrived(self, ids: Sequence[int], futures: Sequence[Future[np.ndarray]]) -> list[tuple[int, np.ndarray]]:
+        """What could be read of them; without the flag, all or an error."""
+        kept: list[tuple[int, np.ndarray]] = []
         for position, future in zip(ids, futures, strict=True):
             try:
-                kept.append((self.known[position], self.reader.wait(future)))
+                kept.append((position, self.reader.wait(future)))
             except EstibaError as error:
                 if not self._skips or self._stop():
                     raise
                 self._leave_out(self.known[position], error)
-        if not kept:
-            raise DataError(
-                f"none of the {len(ids)} trials of a batch can be used, such as {self.known[ids[0]].name}; see "
-                "the lines above, and mend the data"
-            )
         return kept
+
+    def _side_by_side(self, arrived: Sequence[tuple[int, np.ndarray]]) -> Batch:
+        _some([position for position, _ in arrived])
+        return collate([(self.known[position], values) for position, values in arrived], self._buffers, self._room)
+
+    def _gathered(self, ids: Sequence[int], arrived: Sequence[tuple[int, np.ndarray]]) -> Batch:
+        """A batch on the device, once what came by for the first time is there as well."""
+        resident = self._resident
+        assert resident is not None
+        for position, values in arrived:
+            resident.put(position, values)
+        kept = _some([position for position in ids if position in resident])  # the others were left out, by name
+        length = self._room.steps(max(self.steps_stored(position) for position in kept))
+        said = describe([self.known[position] for position in kept])
+        return dataclasses.replace(said, features=resident.gather(kept, length))
 
     def _leave_out(self, known: Known, error: EstibaError) -> None:
         with self._lock:
@@ -284,6 +294,7 @@ class Trials:
             "bytes_used": reader.bytes_used,
             "hits": reader.hits,
             "disk_hits": reader.disk_hits,
+            "device_hits": self._device_hits,
             "retries": counts.retries,
             "hedged": counts.hedged,
             "renewals": counts.renewals,
@@ -293,9 +304,9 @@ class Trials:
     def close(self) -> None:
         """End its threads. What is asked for afterwards is an error."""
         with self._lock:
-            for ids in self._pending.values():
+            for drawn in self._pending.values():
                 with contextlib.suppress(KeyError):
-                    self.reader.release(ids)
+                    self.reader.release(drawn.asked)
             self._pending.clear()
         self.reader.close()
 
@@ -306,50 +317,8 @@ class Trials:
         self.close()
 
 
-def collate(trials: Sequence[tuple[Known, np.ndarray]], buffers: Buffers) -> Batch:
-    """Pad and stack: [(trial, float32[T, C]), …] to a Batch."""
-    longest = max(values.shape[0] for _, values in trials)
-    width = trials[0][1].shape[1]
-    features = buffers.take(len(trials), longest, width)
-    filled = features.numpy()
-    for row, (_, values) in enumerate(trials):
-        # numpy and not torch, whose threads here would only wait for those of the step.
-        filled[row, : len(values)] = values
-        filled[row, len(values) :] = 0.0
-    return dataclasses.replace(describe([one for one, _ in trials]), features=features)
-
-
-def describe(trials: Sequence[Known]) -> Batch:
-    """All of a Batch but its features, which are empty."""
-    labels, lengths = _padded([one.trial.labels for one in trials])
-    phonemes = phoneme_lengths = None
-    if any(one.trial.phoneme_labels is not None for one in trials):
-        phonemes, phoneme_lengths = _padded([one.trial.phoneme_labels for one in trials])
-    return Batch(
-        features=torch.empty(0),
-        labels=labels,
-        n_time_steps=torch.tensor([steps_of(one) for one in trials]),
-        label_lengths=lengths,
-        day=torch.tensor([one.day for one in trials]),
-        phoneme_labels=phonemes,
-        phoneme_lengths=phoneme_lengths,
-        sentences=[one.trial.sentence for one in trials],
-        trial=[one.name for one in trials],
-    )
-
-
-def steps_of(known: Known) -> int:
-    """As its attribute says; all of its features where it has none."""
-    placement = known.trial.features
-    assert placement is not None
-    steps = known.trial.n_time_steps
-    return placement.shape[0] if steps is None else steps
-
-
-def _padded(rows: Sequence[np.ndarray | None]) -> tuple[torch.Tensor, torch.Tensor]:
-    lengths = [0 if row is None else len(row) for row in rows]
-    padded = np.zeros((len(rows), max(lengths)), np.int64)
-    for at, row in enumerate(rows):
-        if row is not None:
-            padded[at, : len(row)] = row
-    return torch.from_numpy(padded), torch.tensor(lengths)
+def _some(positions: list[int]) -> list[int]:
+    """Raises DataError where none is left."""
+    if not positions:
+        raise DataError("no trial of a batch can be used; see the lines above, and mend the data")
+    return positions

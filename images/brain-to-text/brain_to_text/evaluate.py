@@ -75,7 +75,7 @@ def evaluate(config: EvaluateConfig, stop: Stop) -> dict[str, Any]:
         decoders = [_mean(decoders)]
     first = decoders[0]
     output = writable(Path(config.output_dir), "--output-dir")
-    trials = _open(config, first, stop)
+    trials = _open(config, first, stop, device)
     mixed = Mixed(config.precision, device)
     verdicts: list[Verdict] = []
     with torch.no_grad(), mixed.forward():
@@ -175,7 +175,7 @@ def _mean(decoders: Sequence[Decoder]) -> Decoder:
     return first
 
 
-def _open(config: EvaluateConfig, decoder: Decoder, stop: Stop) -> Trials:
+def _open(config: EvaluateConfig, decoder: Decoder, stop: Stop, device: torch.device) -> Trials:
     places: dict[str, Any] = {"s3_bucket": config.s3_bucket, "s3_data_prefix": config.s3_data_prefix}
     if config.dataset_dir is not None:
         places["dataset_dir"] = config.dataset_dir
@@ -188,4 +188,4 @@ def _open(config: EvaluateConfig, decoder: Decoder, stop: Stop) -> Trials:
         raise ConfigError(
             f"--sessions {', '.join(strange)}: {decoder.name} has no layer for these days; leave them out"
         )
-    return choices.open_trials(settings, config.split, stop, sessions=wanted)
+    return choices.open_trials(settings, config.split, stop, sessions=wanted, device=device)

@@ -27,7 +27,8 @@ from obstore.exceptions import BaseError, PreconditionError
 
 from brain_to_text.index import Pin
 from estiba.errors import DataError, EstibaError, StoreError
-from estiba.s3 import S3ObjectStore, _first_line, _is_denied, _may_be_expired
+from estiba.s3 import S3ObjectStore
+from estiba.s3_errors import first_line, is_denied, may_be_expired
 from estiba.store import FileStore, Store
 
 IN_FLIGHT = 48
@@ -197,7 +198,7 @@ class ObjectRanges(Ranges):
         """One range, however often it takes. Pauses do not hold a place among those in flight."""
         deadline, pause_s, renewals = time.monotonic() + RETRY_S, FIRST_PAUSE_S, 0
         while True:
-            client = self._store._store
+            client = self._store.client
             try:
                 async with self._in_flight:
                     return await self._hedged(request, start, length)
@@ -206,7 +207,7 @@ class ObjectRanges(Ranges):
             except (BaseError, OSError, _Short) as error:
                 if isinstance(error, (PreconditionError, FileNotFoundError)):
                     raise await self._changed(request) from error
-                if not isinstance(error, _Short) and _may_be_expired(error):
+                if not isinstance(error, _Short) and may_be_expired(error):
                     renewals += 1
                     if renewals > RENEWALS:
                         raise self._explained(request, start, length, error) from error
@@ -218,12 +219,8 @@ class ObjectRanges(Ranges):
             pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
 
     async def _renew(self, client: Any) -> None:
-        """New credentials, once for all the requests that failed with the same old ones."""
-        if self._store._store is not client:
-            return
-        connected = await self._loop.run_in_executor(None, self._store._connect)
-        if self._store._store is client:
-            self._store._store = connected
+        """New credentials, once for all the requests that failed with the same old ones; S3ObjectStore sees to that."""
+        if await self._loop.run_in_executor(None, self._store.renew, client):
             self.counts.renewals += 1
 
     async def _hedged(self, request: Request, start: int, length: int) -> Any:
@@ -256,7 +253,7 @@ class ObjectRanges(Ranges):
         options: Any = {"range": (start, start + length)}
         if request.pin.mark:
             options["if_match"] = request.pin.mark
-        answer = await obstore.get_async(self._store._store, request.path, options=options)
+        answer = await obstore.get_async(self._store.client, request.path, options=options)
         etag = answer.meta["e_tag"]
         if request.pin.mark and etag and etag != request.pin.mark:
             raise _Changed(changed(self._store.url_of(request.path), request.trial, request.pin, f"ETag {etag}"))
@@ -287,11 +284,11 @@ class ObjectRanges(Ranges):
         return changed(url, request.trial, request.pin, found)
 
     def _explained(self, request: Request, start: int, length: int, error: BaseException) -> StoreError:
-        url, text = self._store.url_of(request.path), str(error) if isinstance(error, _Short) else _first_line(error)
+        url, text = self._store.url_of(request.path), str(error) if isinstance(error, _Short) else first_line(error)
         what = f"{url}: {request.trial} (bytes {start:,} to {start + length:,}) cannot be read"
         if "ExpiredToken" in text:
             return StoreError(f"{what}: {text}; renew the credentials, or give the job a role that does")
-        if _is_denied(error):
+        if is_denied(error):
             return StoreError(f"{what}: access denied ({text}); allow this role s3:GetObject")
         return StoreError(
             f"{what}: {text}; tried for {RETRY_S:.0f} s: check the endpoint and the network, and run again"

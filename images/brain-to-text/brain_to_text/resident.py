@@ -1,80 +1,59 @@
-"""The last tier: all trials as one tensor on the device, where a batch is a gather.
+"""The tier above memory: all trials as one tensor on the device, where a batch is a gather.
 
-    resident = Resident.load(trials, device, limit_bytes=free_bytes)     # None where they do not fit
-    batch = resident.batch(step)                                        # as trials.batch(step), features on the device
+    resident = Resident(lengths, 512, device=device, dtype=torch.float32)
+    resident.put(trial, features_TC)          # as each trial comes by for the first time
+    features_BTC = resident.gather(ids, length=1024)
 
-The whole study is 15.5 GB in float32, half of that in float16 or bfloat16.
+The whole study is 15.5 GB in float32 and half of that in float16, so an H100 or, in float16, a card of 24 GB holds it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from brain_to_text.data import Batch, Trials, describe
-from estiba.errors import ConfigError, DataError
-
-LOADED_AT_ONCE = 64
-
 
 class Resident:
-    """Trials that are on a device. Shapes: N time steps of all trials, C features, B, T as in Batch."""
+    """Trials on a device. Shapes: N time steps of all trials, C features, B trials of T time steps."""
 
-    def __init__(self, trials: Trials, flat: torch.Tensor, starts: Sequence[int], lengths: Sequence[int]) -> None:
-        self.trials = trials
-        self._flat = flat
-        self._starts = torch.tensor(starts, device=flat.device)
-        self._lengths = torch.tensor(lengths, device=flat.device)
-        self._host_lengths = np.asarray(lengths, np.int64)
+    def __init__(self, lengths: Sequence[int], width: int, *, device: torch.device, dtype: torch.dtype) -> None:
+        """`lengths`: time steps of every trial. Raises torch's OutOfMemoryError where they do not fit."""
+        self._lengths = np.asarray(lengths, np.int64)
+        self._starts = np.cumsum(self._lengths) - self._lengths
+        self._is_there = np.zeros(len(self._lengths), bool)
+        self._flat = torch.empty(int(self._lengths.sum()) + 1, width, dtype=dtype, device=device)
+        self._flat[-1] = 0.0  # what lies behind the end of a trial
+
+    @staticmethod
+    def size_bytes(lengths: Sequence[int], width: int, dtype: torch.dtype) -> int:
+        """What it would take of the device."""
+        return (sum(lengths) + 1) * width * dtype.itemsize
+
+    def __contains__(self, trial: int) -> bool:
+        return bool(self._is_there[trial])
 
     @property
-    def size_bytes(self) -> int:
-        return self._flat.numel() * self._flat.element_size()
+    def count(self) -> int:
+        """Trials that are there."""
+        return int(self._is_there.sum())
 
-    @classmethod
-    def load(
-        cls, trials: Trials, device: torch.device, *, limit_bytes: int, dtype: torch.dtype = torch.float32
-    ) -> Resident | None:
-        """Read every trial once and keep it there; None where that is more than `limit_bytes`.
+    def put(self, trial: int, features_TC: np.ndarray) -> None:
+        """Keep one trial's float32[T, C]."""
+        if trial in self:
+            return
+        start = int(self._starts[trial])
+        # torch warns of memory that it may not write to, such as the bytes of an answer
+        values = torch.from_numpy(features_TC if features_TC.flags.writeable else features_TC.copy())
+        self._flat[start : start + len(values)].copy_(values)
+        self._is_there[trial] = True
 
-        Raises what reading raises, also where bad trials are left out otherwise: it is known then which to name.
-        """
-        lengths = [trials.steps_stored(position) for position in range(trials.n_trials)]
-        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).tolist()
-        total, width = int(np.sum(lengths)), trials.width
-        if total * width * dtype.itemsize > limit_bytes:
-            return None
-        flat = torch.empty(total, width, dtype=dtype, device=device)
-        positions = list(range(trials.n_trials))
-        groups = [positions[at : at + LOADED_AT_ONCE] for at in range(0, len(positions), LOADED_AT_ONCE)]
-        for group, batch in zip(groups, trials.read_all(groups), strict=True):
-            if len(batch.trial) != len(group):
-                raise DataError(
-                    f"{trials.bad[-1]}: trials that cannot be read cannot be left out of the device's tier; switch it "
-                    "off, or mend the trial"
-                )
-            for row, position in enumerate(group):
-                start, length = starts[position], lengths[position]
-                flat[start : start + length].copy_(batch.features[row, :length])
-        return cls(trials, flat, starts, lengths)
-
-    def batch(self, step: int) -> Batch:
-        """The plan's batch of `step`; features float32 on the device, the rest as `Trials.batch` gives it."""
-        if self.trials.plan is None:
-            raise ConfigError("only the training split has a plan of batches; use read()")
-        return self.read(self.trials.plan.trials(step).tolist())
-
-    def read(self, ids: Sequence[int]) -> Batch:
-        """These trials, in this order."""
-        ids = list(ids)
-        longest = int(self._host_lengths[ids].max())
-        chosen = torch.tensor(ids).to(self._flat.device, non_blocking=True)
-        within = torch.arange(longest, device=self._flat.device)
-        is_real = within[None, :] < self._lengths[chosen][:, None]
-        places = (self._starts[chosen][:, None] + within[None, :]).masked_fill(~is_real, 0)
-        features = self._flat[places].to(torch.float32).masked_fill_(~is_real[:, :, None], 0.0)
-        said = describe([self.trials.known[position] for position in ids])
-        return dataclasses.replace(said, features=features)
+    def gather(self, ids: Sequence[int], length: int) -> torch.Tensor:
+        """float32[B, length, C] of trials that are there, with zeros at their ends."""
+        device = self._flat.device
+        starts = torch.from_numpy(self._starts[ids]).to(device)
+        lengths = torch.from_numpy(self._lengths[ids]).to(device)
+        within = torch.arange(length, device=device)
+        places = torch.where(within < lengths[:, None], starts[:, None] + within, len(self._flat) - 1)
+        return self._flat[places].to(torch.float32)

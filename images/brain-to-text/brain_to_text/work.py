@@ -273,8 +273,9 @@ def train(config: BrainConfig, job: Job, stop: Stop) -> None:
         upload=upload,
     )
     with contextlib.ExitStack() as open_now:
-        trials = open_now.enter_context(choices.open_trials(config, "train", stop, sessions=config.sessions))
-        if (val := open_val(config, trials, stop)) is not None:
+        trials = open_now.enter_context(choices.open_trials(config, "train", stop, sessions=config.sessions, device=device))
+        choices.keep_on_device(config, trials, device)
+        if (val := open_val(config, trials, stop, device)) is not None:
             open_now.enter_context(val)
         work, loop = _run(config, trials, val, checkpoints, device=device, output=output, stop=stop)
         finish(work, loop, output=output, model_dir=model_dir)
@@ -317,7 +318,7 @@ def _run(
     return work, loop
 
 
-def open_val(config: BrainConfig, trained: Trials, stop: Stop) -> Trials | None:
+def open_val(config: BrainConfig, trained: Trials, stop: Stop, device: torch.device) -> Trials | None:
     """The trials to evaluate on: of the sessions that are trained on and have some; None where no session has."""
     wanted = list(trained.sessions)
     if config.sessions is not None and config.dataset_probability_val is not None:
@@ -325,7 +326,7 @@ def open_val(config: BrainConfig, trained: Trials, stop: Stop) -> Trials | None:
         wanted = [name for name in wanted if name in chosen]
     if not wanted:
         return None
-    val = choices.open_trials(config, "val", stop, sessions=wanted)
+    val = choices.open_trials(config, "val", stop, sessions=wanted, device=device)
     return val if val.n_trials else None
 
 

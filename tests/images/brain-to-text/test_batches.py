@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from brain_to_text.batches import Preparation
-from brain_to_text.data import Batch
+from brain_to_text.collate import Batch
 from brain_to_text.model import Shape
 from estiba.errors import DataError
 
@@ -39,6 +39,18 @@ def test_lengths_are_multiples_of_the_bucket_and_the_rest_is_zero() -> None:
     assert not micro.features[:, 90:].any()
     assert torch.equal(micro.features[0, :90, 0], torch.arange(90.0))
     assert micro.frames == ((90 - 14) // 4 + 1, (70 - 14) // 4 + 1, (80 - 14) // 4 + 1)
+
+
+def test_what_has_room_is_not_copied() -> None:
+    prepare = Preparation(SHAPE, seed=1, random_cut=3, bucket=64)
+    step = next(step for step in range(60) if prepare.cut_of(step) == 2)
+    plain, roomy = batch(), batch()
+    roomy = batch(features=torch.cat([roomy.features, torch.full((3, 40, 3), 7.0)], dim=1))
+    for is_training in (True, False):
+        (copied,) = prepare(plain, step=step, is_training=is_training)
+        (viewed,) = prepare(roomy, step=step, is_training=is_training)
+        assert torch.equal(copied.features, viewed.features)
+        assert viewed.features.untyped_storage().data_ptr() == roomy.features.untyped_storage().data_ptr()
 
 
 def test_the_cut_is_a_function_of_seed_and_step_and_takes_every_value() -> None:

@@ -14,9 +14,9 @@ import pytest
 import torch
 from files import SESSIONS, WIDTH, features_by_h5py, open_trials, write_folder, write_session
 
-from brain_to_text.data import Batch, Trials
+from brain_to_text.collate import Batch, Room
+from brain_to_text.data import Trials
 from brain_to_text.plan import SeededPlan, UpstreamPlan
-from brain_to_text.resident import Resident
 from brain_to_text.schema import diphones_of
 from estiba.errors import ConfigError, DataError
 
@@ -352,29 +352,47 @@ def test_sessions_in_the_order_given_are_the_days(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_all_trials_on_the_device_give_the_same_batches(folder: Path, dtype: torch.dtype) -> None:
-    with open_trials(folder) as trials:
-        resident = Resident.load(trials, torch.device("cpu"), limit_bytes=10**6, dtype=dtype)
-        assert resident is not None
-        gets = trials.statistics()["gets"]
-        assert gets == trials.n_trials
-        for step in range(20):
-            expected, found = trials.batch(step), resident.batch(step)
-            np.testing.assert_array_equal(found.features, expected.features.to(dtype).float())
+def test_trials_that_stay_on_the_device_give_the_same_batches(folder: Path, dtype: torch.dtype) -> None:
+    room = Room(multiple_of=16, least=14, spare=2)
+    with open_trials(folder, room=room) as trials, open_trials(folder, room=room, cache_bytes=10**9) as kept:
+        assert kept.keep_on(torch.device("cpu"), limit_bytes=10**6, dtype=dtype)
+        for step in (*range(60), *range(5)):
+            expected, found = trials.batch(step), kept.batch(step)
+            assert torch.equal(found.features, expected.features.to(dtype).float())
             assert found.trial == expected.trial and torch.equal(found.labels, expected.labels)
             assert torch.equal(found.n_time_steps, expected.n_time_steps) and torch.equal(found.day, expected.day)
-        size = resident.size_bytes
-        assert Resident.load(trials, torch.device("cpu"), limit_bytes=size - 1, dtype=dtype) is None
+        said = kept.statistics()
+        assert said["gets"] == len({name for step in range(64) for name in trials.batch(step).trial}) == kept.n_trials
+        assert said["device_hits"] > 300
+        assert kept.reader.memory.shelf.used_bytes == 0, "what is on the device need not lie in memory too"
+
+
+def test_trials_that_do_not_all_fit_do_not_stay_on_the_device(folder: Path) -> None:
+    with open_trials(folder) as trials:
+        steps = sum(trials.steps_stored(position) for position in range(trials.n_trials))
+        size_bytes = (steps + 1) * trials.width * 4
+        assert not trials.keep_on(torch.device("cpu"), limit_bytes=size_bytes - 1)
+        trials.batch(0)
+        assert trials.statistics()["device_hits"] == 0
+        assert trials.keep_on(torch.device("cpu"), limit_bytes=size_bytes)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_all_trials_on_a_gpu_give_the_same_batches(folder: Path) -> None:
-    with open_trials(folder) as trials:
-        resident = Resident.load(trials, torch.device("cuda"), limit_bytes=10**6)
-        assert resident is not None
+def test_trials_that_stay_on_a_gpu_give_the_same_batches(folder: Path) -> None:
+    with open_trials(folder) as trials, open_trials(folder) as kept:
+        assert kept.keep_on(torch.device("cuda"), limit_bytes=10**6)
+        for step in range(20):
+            assert torch.equal(kept.batch(step).features.cpu(), trials.batch(step).features)
+
+
+def test_a_batch_has_the_room_that_a_step_needs(folder: Path) -> None:
+    with open_trials(folder) as plain, open_trials(folder, room=Room(multiple_of=64, least=100, spare=2)) as roomy:
         for step in range(5):
-            assert torch.equal(resident.batch(step).features.cpu(), trials.batch(step).features)
+            tight, wide = plain.batch(step).features, roomy.batch(step).features
+            longest = tight.shape[1]
+            assert wide.shape[1] == max(-(-longest // 64) * 64, 128) + 2
+            assert torch.equal(wide[:, :longest], tight) and not wide[:, longest:].any()
 
 
 def test_a_batch_stays_what_it_is_while_others_are_made(folder: Path) -> None:

@@ -110,12 +110,9 @@ def test_slow_requests_are_asked_a_second_time(bucket: Bucket, folder: Path) -> 
     bucket.gets.clear()
     bucket.fault = lambda number, _: ("slow", 2.0) if number % 25 == 0 else None
     trials = without_cache(url)
-    began = time.monotonic()
     assert features_of_steps(trials) == expected
-    took = time.monotonic() - began
     slow = len(bucket.gets) // 25
-    assert trials.statistics()["hedged"] >= slow - 2
-    assert took < 2.0 + 2.0, f"{slow} slow requests, of which only the first may be waited for"
+    assert trials.statistics()["hedged"] >= slow - 2, "before twenty answers nobody knows what is slow"
 
 
 def test_hedging_is_bounded_where_everything_is_slow(bucket: Bucket, folder: Path) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from bucket import bucket_for
 from rehearsal import Place, config_at, job_at, outcome, recordings, run, start, stopped_at
 
 from brain_to_text.model import GRUDecoder
@@ -167,30 +166,14 @@ def test_a_stop_while_trials_are_being_read_saves_like_any_other(
         run(tmp_path, data, stop)
 
 
-# --- from S3
-
-
-def test_a_run_from_a_bucket_that_errs_and_dawdles_ends_with_the_bits_of_one_from_a_folder(
+def test_trials_on_the_device_change_no_bit_and_may_come_and_go(
     whole: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One in ten requests fails, one in ten is slow."""
-    failed: list[int] = []
-
-    def fault(number: int, _: str) -> tuple[str, float] | None:
-        if number % 10 == 7:
-            failed.append(number)
-            return "error", 0.0
-        return ("slow", 0.3) if number % 10 == 3 else None
-
-    with bucket_for(monkeypatch) as bucket:
-        location = bucket.put_folder(data)
-        run(tmp_path / "index", location, num_training_batches=1)
-        bucket.fault = fault
-        run(tmp_path, location)
-    results = json.loads((tmp_path / "output/results.json").read_text())
-    assert len(failed) >= 3
-    assert results["trials_not_read"] == []
+    stopped_at(Place(step=7), tmp_path, data, monkeypatch, device_cache_gb=0.1)
+    run(tmp_path, data)
     assert outcome(tmp_path) == outcome(whole)
+    with pytest.raises(ConfigError, match=r"--device-cache-dtype float16: cpu has 0\.0 GB"):
+        run(tmp_path / "half", data, device_cache_dtype="float16")
 
 
 # --- accuracy and options ------------------------------------------------------------------------------------------
