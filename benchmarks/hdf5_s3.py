@@ -1,13 +1,14 @@
 """Trials out of HDF5 on S3: the byte index and ranged reads against what else there is, on the same plan of batches.
 
-    python benchmarks/hdf5_s3.py                                  # some 3 min; 1.7 GB in a temporary folder
-    python benchmarks/hdf5_s3.py --peers local,ours --seconds 5
+    make bench/hdf5_s3                                            # some 5 min; 1.7 GB in a temporary folder
+    python benchmarks/hdf5_s3.py --peers local,ours_cold --seconds 5 --rounds 1
 
-Needs a Python with brain-to-text's requirements, and hadro, s3fs and s3torchconnector; no network, no image. The
+Needs what `make bench/hdf5_s3` installs: brain-to-text's requirements, hadro, s3fs and s3torchconnector; no image. The
 endpoint is a hadro of its own with 25 ms a request and 90 MB/s a connection, which checks signatures. Every peer runs
 in a process of its own, draws the same batches (64 trials of 4 days), reopens files for each batch as the reference
-trainer does, and stops after some seconds. GETs are counted from the server's log, bytes from the loopback device:
-nothing else should use it meanwhile. Peers that train on converted data are not here: converting is what this spares.
+trainer does, and stops after some seconds. Rounds in turn; goals are medians of each round's ratio. GETs are counted
+from the server's log, bytes from the loopback device: nothing else should use it meanwhile. Peers that train on
+converted data are not here: converting is what this spares.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import platform
 import re
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -50,6 +52,7 @@ PEERS = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=6.0, help="for each peer, beyond its first batch")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", default=",".join(PEERS))
     parser.add_argument("--sessions", type=int, default=SESSIONS)
     parser.add_argument("--results", type=Path, help="also write the JSON document here")
@@ -79,7 +82,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )
     size_mb = sum(path.stat().st_size for path in data.rglob("data_train.hdf5")) / 1e6
     count = options.sessions * TRIALS
-    found: dict[str, Any] = {"trials": count, "mb_per_trial": round(size_mb / count, 2), "peers": {}}
+    found: dict[str, Any] = {"trials": count, "mb_per_trial": round(size_mb / count, 2)}
     with endpoint(served, folder / "server.log") as (url, log):
         environ = {
             **os.environ, "AWS_ENDPOINT_URL_S3": url, "AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": KEY,
@@ -88,23 +91,41 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "BENCH_INDEX": str(folder / "index"), "PYTHONPATH": os.pathsep.join(sys.path[:2]),
         }  # fmt: skip
         environ.pop("AWS_SESSION_TOKEN", None)
-        for name in options.peers.split(","):
-            if name not in PEERS:
-                raise SystemExit(f"--peers {name}: is none of {', '.join(PEERS)}")
-            if name.startswith("ours"):  # the index is made once for everybody, before
-                run(name, 0.0, environ)
-            before = gets_in(log), loopback_bytes()
-            answer = run(name, options.seconds, environ)
-            time.sleep(0.3)
-            gets, moved = gets_in(log) - before[0], loopback_bytes() - before[1]
-            if "error" not in answer:
-                wanted = answer["read_trials"] * size_mb * 1e6 / count
-                if name != "local" and name != "ours_warm":
-                    answer["gets_per_trial"] = round(gets / answer["read_trials"], 2)
-                    answer["fetched_per_used"] = round(moved / wanted, 3)
-            found["peers"][name] = answer
-            print(f"  {PEERS[name]:<44}{line_of(answer)}", flush=True)
+        names = options.peers.split(",")
+        if strange := [name for name in names if name not in PEERS]:
+            raise SystemExit(f"--peers {', '.join(strange)}: is none of {', '.join(PEERS)}")
+        if any(name.startswith("ours") for name in names):  # the index is made once for everybody, before
+            found["index_s"] = run("ours_cold", 0.0, environ).get("open_s")
+        wanted_bytes = size_mb * 1e6 / count
+        rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        for turn in range(options.rounds):
+            print(f"round {turn + 1} of {options.rounds}", flush=True)
+            for name in names if turn % 2 == 0 else names[::-1]:
+                answer = one_turn(name, options.seconds, environ, log, wanted_bytes)
+                rounds[name].append(answer)
+                print(f"  {PEERS[name]:<44}{line_of(answer)}", flush=True)
+    found["peers"] = {name: summary(answers) for name, answers in rounds.items()}
+    found["rounds"] = rounds
     return found
+
+
+def one_turn(name: str, seconds: float, environ: dict[str, str], log: Path, bytes_per_trial: float) -> dict[str, Any]:
+    before = gets_in(log), loopback_bytes()
+    answer = run(name, seconds, environ)
+    time.sleep(0.3)
+    gets, moved = gets_in(log) - before[0], loopback_bytes() - before[1]
+    if "error" not in answer and name not in ("local", "ours_warm"):
+        answer["gets_per_trial"] = round(gets / answer["read_trials"], 2)
+        answer["fetched_per_used"] = round(moved / (answer["read_trials"] * bytes_per_trial), 3)
+    return answer
+
+
+def summary(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """The median of each figure; the first error where there was one."""
+    failed = [answer for answer in answers if "error" in answer]
+    if failed:
+        return failed[0]
+    return {key: round(statistics.median(answer[key] for answer in answers), 3) for key in answers[0]}
 
 
 def line_of(answer: dict[str, Any]) -> str:
@@ -307,7 +328,7 @@ def run_ours(name: str, seconds: float) -> dict[str, Any]:
     )  # fmt: skip
     if not seconds:
         trials.close()
-        return {}
+        return {"open_s": round(time.perf_counter() - began, 2)}
     trials.batch(0)
     first_s = time.perf_counter() - began
     if name == "ours_warm":
@@ -321,45 +342,47 @@ def run_ours(name: str, seconds: float) -> dict[str, Any]:
         count += len(trials.batch(step).trial)
         step += 1
     took = time.perf_counter() - began
-    statistics = trials.statistics()
+    counts = trials.statistics()
     trials.close()
-    used = statistics["bytes_used"]
+    used = counts["bytes_used"]
     return {
         "trials_per_s": round(count / took, 2),
         "first_batch_s": round(first_s, 3),
-        "read_trials": max(1, round(used / (statistics["bytes_fetched"] / max(1, statistics["gets"])))),
+        "read_trials": max(1, round(used / (counts["bytes_fetched"] / max(1, counts["gets"])))),
         "drawn_trials": count,
-        "own_gets": statistics["gets"] - gets,
-        "own_bytes_fetched": statistics["bytes_fetched"] - fetched,
-        "hedged": statistics["hedged"],
-        "retries": statistics["retries"],
+        "own_gets": counts["gets"] - gets,
+        "own_bytes_fetched": counts["bytes_fetched"] - fetched,
+        "hedged": counts["hedged"],
+        "retries": counts["retries"],
     }
 
 
 def report(found: dict[str, Any], results: Path | None) -> int:
-    peers = found["peers"]
+    turns = found["rounds"]
 
-    def rate(*names: str) -> float | None:
-        known = [peers[name]["trials_per_s"] for name in names if name in peers and "error" not in peers[name]]
-        return max(known, default=None)
+    def times(mine: str, *others: str) -> float | None:
+        """The median over rounds of ours against the fastest of the others."""
+        ratios = []
+        for turn in range(len(turns.get(mine, []))):
+            rates = [turns[name][turn].get("trials_per_s") for name in others if name in turns]
+            fastest = max((rate for rate in rates if rate), default=None)
+            if fastest and (own := turns[mine][turn].get("trials_per_s")):
+                ratios.append(own / fastest)
+        return round(statistics.median(ratios), 2) if ratios else None
 
-    cold = rate("ours_cold")
-    goals = []
-    for label, value, goal in (
-        ("cold, times local h5py", ratio(cold, rate("local")), 1.0),
-        ("warm, times local h5py", ratio(rate("ours_warm"), rate("local")), 4.0),
-        ("cold, times s3fs as it comes", ratio(cold, rate("s3fs")), 500.0),
-        ("cold, times the best tuned s3fs", ratio(cold, rate("s3fs_tuned")), 40.0),
-        ("cold, times the best s3torchconnector", ratio(cold, rate("connector_whole", "connector_ranged")), 20.0),
-    ):
-        goals.append({"name": label, "value": value, "goal": f">={goal:g}", "met": value is not None and value >= goal})
-    ours = peers.get("ours_cold", {})
-    for label, key, most in (
-        ("bytes fetched / used", "fetched_per_used", 1.01),
-        ("first batch, s", "first_batch_s", 0.5),
-    ):
-        value = ours.get(key)
-        goals.append({"name": label, "value": value, "goal": f"<={most:g}", "met": value is not None and value <= most})
+    ours = found["peers"].get("ours_cold", {})
+    goals = [
+        goal(label, value, least, least=True)
+        for label, value, least in (
+            ("cold, times local h5py", times("ours_cold", "local"), 1.0),
+            ("warm, times local h5py", times("ours_warm", "local"), 4.0),
+            ("cold, times s3fs as it comes", times("ours_cold", "s3fs"), 500.0),
+            ("cold, times the best tuned s3fs", times("ours_cold", "s3fs_tuned"), 40.0),
+            ("cold, times the best s3torchconnector", times("ours_cold", "connector_whole", "connector_ranged"), 20.0),
+        )
+    ]
+    goals.append(goal("bytes fetched / used", ours.get("fetched_per_used"), 1.01, least=False))
+    goals.append(goal("first batch with an index, s", ours.get("first_batch_s"), 0.5, least=False))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     document = {
         "benchmark": "hdf5_s3",
@@ -376,8 +399,9 @@ def report(found: dict[str, Any], results: Path | None) -> int:
     return 0
 
 
-def ratio(mine: float | None, theirs: float | None) -> float | None:
-    return None if mine is None or not theirs else round(mine / theirs, 2)
+def goal(name: str, value: float | None, bound: float, *, least: bool) -> dict[str, Any]:
+    met = value is not None and (value >= bound if least else value <= bound)
+    return {"name": name, "value": value, "goal": f"{'>=' if least else '<='}{bound:g}", "met": met}
 
 
 if __name__ == "__main__":

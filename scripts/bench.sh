@@ -15,7 +15,7 @@ program="benchmarks/$name.py"
 
 if [ -n "${BENCH_PYTHON:-}" ]; then
     python="$BENCH_PYTHON"
-elif grep -q '^ *import torch$' "$program"; then
+elif grep -Eq '^ *(import torch$|from brain_to_text)' "$program"; then
     python=.build/bench/bin/python
     want="$(cat benchmarks/peers.txt images/base/torch.txt | sha256sum)"
     if [ "$(cat .build/bench/made-of 2>/dev/null)" != "$want" ]; then

