@@ -386,8 +386,8 @@ def goals_of(results: dict[str, Any], task: Task) -> list[dict[str, Any]]:
         return []
     import torch
 
-    from aura.hardware import find_device
     from aura.model import Shape
+    from estiba.gpus import find_device
 
     shape = Shape(
         vocab_size=task.vocab_size, embed_size=task.embed_size, num_layers=task.num_layers, num_heads=task.num_heads,

@@ -28,7 +28,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from hdf5_s3 import BUCKET, KEY, LATENCY_MS, MB_PER_S, ROOT, SECRET, endpoint
+from hdf5_s3 import BUCKET, KEY, LATENCY_MS, MB_PER_S, ROOT, SECRET, endpoint  # type: ignore[import-not-found]
 
 SMALL = {"n_units": 64, "n_layers": 2, "batch_size": 16}
 FULL = {"n_units": 768, "n_layers": 5, "batch_size": 64}
@@ -115,7 +115,7 @@ def measure(options: argparse.Namespace, device: Any, index: str) -> dict[str, A
         **sizes,  # type: ignore[arg-type]
         dataset_dir=f"s3://{BUCKET}/data", index_path=index, cache_gb=8.0, device_cache_gb=8.0, compile=options.compile,
     )  # fmt: skip
-    feeds = []
+    feeds: list[Feed] = []
     for name in FEEDS:
         trials = open_trials(config, "train", Stop(), sessions=None, device=device)
         if name == "device":

@@ -16,10 +16,11 @@ import torch
 from pydantic import Field
 
 from aura import presets
-from aura.hardware import find_device, measure, memory_needed
+from aura.hardware import measure, memory_needed
 from aura.sizing import Candidate, Plan, count, expected_loss, plan, shape_of
 from estiba.config import Config, load
 from estiba.errors import ConfigError
+from estiba.gpus import find_device
 
 __all__ = ["Candidate", "Plan", "PlanConfig", "expected_loss", "main", "memory_needed", "plan", "plan_for", "table"]
 

@@ -15,7 +15,6 @@ import torch
 from aura.choices import Choices, choose, device_of, preset_of, schedule_of, sizes_of, tokenizer_of
 from aura.config import AuraConfig
 from aura.data import Corpus, prepare
-from aura.hardware import find_device
 from aura.model import Aura
 from aura.optimizer import make_optimizer
 from aura.origin import find_origin
@@ -26,6 +25,7 @@ from estiba.checkpoint.retention import Retention
 from estiba.checkpoint.saver import Checkpoints
 from estiba.contract import Job
 from estiba.errors import ConfigError, Interrupted
+from estiba.gpus import find_device
 from estiba.loop.history import History
 from estiba.loop.loop import Loop
 from estiba.loop.settings import Settings

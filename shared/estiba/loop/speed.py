@@ -10,39 +10,18 @@ from typing import Any
 
 import torch
 
+from estiba.gpus import find_device
 from estiba.loop.work import Work
 from estiba.progress import peak_memory_bytes
 from estiba.ranks import Ranks
-
-PEAK_TFLOPS: dict[str, float] = {
-    # Dense bfloat16 tensor-core peaks, of the makers' data sheets; the first name that the device's name holds counts.
-    "H200": 989,
-    "H100 PCIe": 756,
-    "H100": 989,
-    "GH200": 989,
-    "B200": 2250,
-    "A100": 312,
-    "A10G": 70,
-    "A10": 125,
-    "A30": 165,
-    "A40": 150,
-    "A6000": 155,
-    "L40S": 362,
-    "L40": 181,
-    "L4": 121,
-    "T4": 65,  # float16: it has no bfloat16
-    "V100": 125,
-    "RTX 4090": 165,
-    "RTX 3090": 71,
-}
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Floating-point operations a second at best, or None where it is not known."""
     if device.type != "cuda" or dtype == torch.float32:
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((tera * 1e12 for part, tera in PEAK_TFLOPS.items() if part in name), None)
+    gpu = find_device(torch.cuda.get_device_name(device))
+    return None if gpu is None else gpu.peak_flops
 
 
 class Meter:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from aura import hardware, planner
-from aura.hardware import activation_bytes, checkpointing_for, find_device, memory_needed, state_bytes
+from aura.hardware import activation_bytes, checkpointing_for, memory_needed, state_bytes
 from aura.model import Aura, Checkpointing, Shape
 from aura.planner import PlanConfig, main, plan_for, table
 from aura.presets import PRESETS
 from aura.sizing import Plan, expected_loss, learning_rate, plan, shape_of
 from estiba.errors import ConfigError
+from estiba.gpus import find_device
 
 A100 = {"flops_per_s": 0.5 * 312e12, "memory_bytes": 80 * 10**9}
 MAX = shape_of(PRESETS["aura-72h-max"], 32_000)
@@ -216,7 +217,8 @@ def test_on_a_gpu_a_step_takes_the_memory_that_was_foretold(how: Checkpointing) 
         ("a100", "A100-80GB"), ("NVIDIA H100 PCIe", "H100-PCIe"), ("NVIDIA H100 80GB HBM3", "H100"),
         ("NVIDIA L40S", "L40S"), ("NVIDIA L4", "L4"), ("Tesla T4", "T4"), ("Tesla V100-SXM2-16GB", "V100-16GB"),
         ("NVIDIA A10G", "A10G"), ("NVIDIA RTX A6000", "A6000"), ("NVIDIA RTX 6000 Ada Generation", "RTX-6000-Ada"),
-        ("NVIDIA GeForce RTX 4090", "RTX-4090"), ("NVIDIA H200", "H200"),
+        ("NVIDIA GeForce RTX 4090", "RTX-4090"), ("NVIDIA H200", "H200"), ("NVIDIA GH200 480GB", "GH200"),
+        ("NVIDIA L40", "L40"), ("NVIDIA A10", "A10"), ("NVIDIA A30", "A30"),
     ],
 )  # fmt: skip
 def test_a_gpu_is_known_by_the_names_that_people_and_drivers_use(written: str, name: str) -> None:
@@ -224,7 +226,7 @@ def test_a_gpu_is_known_by_the_names_that_people_and_drivers_use(written: str, n
     assert device is not None and device.name == name
 
 
-@pytest.mark.parametrize("written", ["NVIDIA L40", "A4000", "Radeon", "T400", ""])
+@pytest.mark.parametrize("written", ["NVIDIA L400", "A4000", "A1000", "Radeon", "T400", ""])
 def test_a_gpu_without_a_data_sheet_here_is_not_taken_for_another(written: str) -> None:
     assert find_device(written) is None
 
