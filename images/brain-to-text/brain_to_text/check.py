@@ -11,9 +11,12 @@ from brain_to_text.index import ObjectIndex
 from brain_to_text.reader import Known
 from brain_to_text.schema import FEATURES, LABELS, N_DIPHONES, N_PHONEMES, PHONEME_LABELS, Split, Trial, session_of
 from estiba.errors import ConfigError, DataError
+from estiba.stop import say
 from estiba.store import Entry, Store
 
 SHOWN = 5
+MOST_BYTES = 2**33
+"""Of one trial, days of speech: more is damage, and would fill the memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,8 @@ def choose_sessions(
     with_training = sorted({session for session, kind in there if kind == "train"})
     if sessions is None:
         names = with_training or known
+        if untrained := sorted(name for name, kind in there if kind == split and name not in names):
+            say(f"left out: session {_some(untrained)} has a data_{split}.hdf5 and no data_train.hdf5, so no day layer")
     else:
         names = list(sessions)
         if repeated := sorted({name for name in names if names.count(name) > 1}):
@@ -84,6 +89,10 @@ def check_trials(
     days = {name: day for day, name in enumerate(sessions)}
     good: list[Known] = []
     bad: list[str] = []
+    # A batch has the phonemes of all of its trials, or spells them out of the diphones of all of them.
+    has_phonemes = wanted.n_classes > N_PHONEMES and any(
+        trial.phoneme_labels is not None for index in indexes for trial in index.trials
+    )
     for index in sorted(indexes, key=lambda index: days[index.session]):
         url = store.url_of(index.path)
         if not index.trials:
@@ -96,6 +105,8 @@ def check_trials(
             if _is_left_out(trial, index.session, wanted):
                 continue
             problem = index.problems.get(trial.name) or problem_of(trial, index.pin.size_bytes, wanted)
+            if problem is None and has_phonemes and trial.labels is not None and trial.phoneme_labels is None:
+                problem = f"has no dataset {PHONEME_LABELS}, which other trials have; write it anew"
             if problem is None:
                 good.append(Known(trial, index.path, url, index.pin, index.session, days[index.session]))
             else:
@@ -142,6 +153,8 @@ def problem_of(trial: Trial, object_bytes: int, wanted: Wanted) -> str | None:
         return (
             f"{FEATURES} has {width} features where {wanted.n_features} were expected; give --n-input-features {width}"
         )
+    if features.size_bytes > MOST_BYTES:
+        return f"{FEATURES} has the shape {list(features.shape)}, {features.size_bytes / 1e9:,.0f} GB; write it anew"
     if features.end > object_bytes:
         return (
             f"reaches to byte {features.end:,} of an object that has {object_bytes:,}: it was cut short; copy it again"

@@ -15,7 +15,7 @@ from brain_to_text.reader import Known
 
 @dataclass(frozen=True)
 class Room:
-    """How many time steps a batch's features have room for: all that a step will pad them to, so that it copies none."""
+    """Time steps that a batch's features have room for: what a step will pad them to, so that it need not copy them."""
 
     multiple_of: int = 1
     least: int = 1
@@ -24,6 +24,10 @@ class Room:
 
     def steps(self, longest: int) -> int:
         return -(-max(longest, self.least) // self.multiple_of) * self.multiple_of + self.spare
+
+
+TIGHT = Room()
+"""For the longest trial and nothing more."""
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ class BrainConfig(Config):
     bad_trials_dict: dict[str, dict[str, list[int]]] | None = None
     """Trials to leave out, {session: {block: [trial, ...]}}; in --config-file alone."""
     num_dataloader_workers: Annotated[int, Field(ge=0)] = 4
-    """Processes that read the index of new data; trials themselves are read by one engine in this process."""
+    """Processes that read the index of new data, and with --reader h5py the trials as well; 0 reads in this one."""
     white_noise_std: Std = 1.0
     """Noise on each feature of each bin."""
     constant_offset_std: Std = 0.2
@@ -203,6 +203,9 @@ class BrainConfig(Config):
     """A directory on a fast disk for trials that memory does not hold."""
     disk_cache_gb: Rate = 50.0
     """Most that may lie there."""
+    reader: Literal["ranges", "h5py"] = "ranges"
+    """Byte ranges by one engine in this process; or h5py, over s3fs for s3://, in --num-dataloader-workers processes:
+    the same batches, slower by far."""
     ahead_batches: Count = 4
     """Batches whose trials are being read ahead of their step."""
     on_bad_trial: Literal["fail", "skip"] = "fail"
@@ -252,7 +255,7 @@ FREE = frozenset(
     """config_file s3_bucket s3_data_prefix dataset_dir model_dir output_data_dir gpu_number device use_amp precision
     num_training_batches batches_per_train_log log_individual_day_val_PER save_best_checkpoint save_final_model
     save_all_val_steps init_from_checkpoint init_checkpoint_path num_dataloader_workers index_path cache_gb
-    device_cache_gb
+    device_cache_gb reader
     disk_cache_dir disk_cache_gb ahead_batches on_bad_trial compile checkpoint_path checkpoint_upload save_every_s
     keep_last keep_best accept_changed_plan sessions""".split()
 )

@@ -21,11 +21,12 @@ import xxhash
 
 from brain_to_text.buffers import Buffers
 from brain_to_text.check import Wanted, check_trials, choose_sessions
-from brain_to_text.collate import Batch, Room, collate, describe
+from brain_to_text.collate import TIGHT, Batch, Room, collate, describe
+from brain_to_text.h5py_source import H5pySource
 from brain_to_text.index import find_objects, open_indexes
 from brain_to_text.plan import NEVER, Plan, SeededPlan, Upcoming, UpstreamPlan
-from brain_to_text.ranges import open_ranges
-from brain_to_text.reader import Known, Reader
+from brain_to_text.ranges import Outage, open_ranges
+from brain_to_text.reader import Known, RangeSource, Reader, Source
 from brain_to_text.resident import Resident
 from brain_to_text.schema import Split
 from brain_to_text.tiers import DiskTier, MemoryTier
@@ -91,19 +92,21 @@ class Trials:
         n_features: int,
         on_bad_trial: Literal["fail", "skip"] = "fail",
         workers: int,
+        read_by: Literal["ranges", "h5py"] = "ranges",
         index_path: str | None = None,
         upstream_plan: bool = False,
         rebuild_index: bool = False,
         feature_subset: Sequence[int] | None = None,
         must_include_days: Sequence[int] | None = None,
         bad_trials: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
-        room: Room = Room(),
+        room: Room = TIGHT,
     ) -> Trials:
         """Index what is not indexed yet and check all of it against what the model expects.
 
         `sessions` None takes every session with training data, by name. `cache_bytes` bounds the memory that keeps
         trials beyond the batches under way. `bad_trials` is the reference trainer's bad_trials_dict: {session: {block:
-        [trial, …]}}. Raises DataError, ConfigError, StoreError, Interrupted.
+        [trial, …]}}. `read_by` h5py has `workers` processes read the trials, or a thread where there are none. Raises
+        DataError, ConfigError, StoreError, Interrupted.
         """
         store = open_store(location)
         objects = find_objects(store)
@@ -126,7 +129,8 @@ class Trials:
                 sizes, batch_size=batch_size, days_per_batch=days_per_batch, seed=seed, must_include=must_include_days
             )
         contents = [index.digest for index in indexes]
-        said = [contents, names, split, len(known), bad, seed, batch_size, days_per_batch, upstream_plan,
+        who = [one.name for one in known]  # some may be left out on request
+        said = [contents, names, split, who, bad, seed, batch_size, days_per_batch, upstream_plan,
                 list(feature_subset or ()), list(must_include_days or ())]  # fmt: skip
         identity = xxhash.xxh3_128_hexdigest(repr(said).encode())
         upcoming = None if plan is None else Upcoming(plan, HORIZON_STEPS)
@@ -134,11 +138,12 @@ class Trials:
         disk = None
         if disk_cache is not None:
             pinned = xxhash.xxh3_64_hexdigest(
-                repr([[str(index.pin) for index in indexes], contents, bad, list(feature_subset or ())]).encode()
+                repr([[str(index.pin) for index in indexes], contents, who, bad, list(feature_subset or ())]).encode()
             )
             disk = DiskTier(Path(disk_cache[0]), disk_cache[1], next_use, identity=pinned)
+        source: Source = H5pySource(store, workers) if read_by == "h5py" else RangeSource(open_ranges(store))
         reader = Reader(
-            known, open_ranges(store), memory=MemoryTier(cache_bytes, next_use), disk=disk,
+            known, source, memory=MemoryTier(cache_bytes, next_use), disk=disk,
             feature_subset=feature_subset, stop=stop,
         )  # fmt: skip
         trials = cls(
@@ -256,6 +261,8 @@ class Trials:
         for position, future in zip(ids, futures, strict=True):
             try:
                 kept.append((position, self.reader.wait(future)))
+            except Outage:  # nothing is wrong with the trial, and the run can go on later
+                raise
             except EstibaError as error:
                 if not self._skips or self._stop():
                     raise
@@ -287,7 +294,7 @@ class Trials:
 
     def statistics(self) -> dict[str, int]:
         """Counts since it was opened."""
-        counts, reader = self.reader.ranges.counts, self.reader
+        counts, reader = self.reader.source.counts, self.reader
         return {
             "gets": counts.gets,
             "bytes_fetched": counts.bytes_fetched,

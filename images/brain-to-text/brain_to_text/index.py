@@ -70,6 +70,9 @@ def find_objects(store: Store) -> list[Entry]:
     """Every data_{train,val,test}.hdf5 below the location. Raises DataError where there is none."""
     entries = store.list()
     found = [entry for entry in entries if session_of(entry.path) and not entry.path.startswith(FOLDER)]
+    for entry in found:
+        if entry.path != entry.path.encode(errors="ignore").decode():
+            raise DataError(f"{store.url}: {entry.path!r} is a name with bytes that are no text; rename it")
     if found:
         return found
     if not entries:
@@ -125,7 +128,9 @@ def open_indexes(
     if missing:
         if len(missing) > 1:
             say(f"indexing {len(missing)} HDF5 files in {store.url}, once; the index is kept for later runs")
-        keeper = _Keeper(places, rebuild)
+        # A folder is a job's input, which is only read.
+        own = places[:1] if isinstance(store, FileStore) else places
+        keeper = _Keeper(own, rebuild)
 
         def keep(survey: Survey) -> None:
             pin = pins[survey.path]
@@ -169,10 +174,13 @@ def forget(folder: Path) -> None:
 
 
 def _name(path: str, pin: Pin) -> str:
-    return f"{path.replace('/', '.').removesuffix('.hdf5').removesuffix('.h5')}.{pin.kind}.index"
+    """Another one for each path: folders above the session are told from dots in a name."""
+    folder, _, file = path.rpartition("/")
+    return f"{folder.replace('%', '%25').replace('/', '%2F')}.{file.removesuffix('.hdf5')}.{pin.kind}.index"
 
 
 def _read(places: list[Store], path: str, pin: Pin, store: Store) -> ObjectIndex | None:
+    refused: DataError | None = None
     for place in places:
         data = _bytes_of(place, _name(path, pin))
         if data is None:
@@ -184,14 +192,18 @@ def _read(places: list[Store], path: str, pin: Pin, store: Store) -> ObjectIndex
             continue
         if index.path != path or index.pin.place != pin.place:
             continue  # of a copy: that its time is another one is no change
-        if index.pin != pin:
-            raise DataError(
+        if index.pin != pin and refused is None:
+            # The next place may know this one: made anew where the first could not be written.
+            refused = DataError(
                 f"{store.url_of(path)}: is not the object that was indexed: expected {index.pin}; found {pin}. Bring "
                 "the old one back; or, if the new one is meant, index it anew (brain-to-text's command "
                 f"`index {store.url} --rebuild`, or delete {place.url_of(_name(path, pin))}); it is another data set "
                 "then, for runs that were interrupted"
             )
-        return index
+        if index.pin == pin:
+            return index
+    if refused is not None:
+        raise refused
     return None
 
 
@@ -270,20 +282,23 @@ def loads(data: bytes) -> ObjectIndex:
         raise ValueError("not an index that this version reads")
     if head[len(MAGIC) :].decode(errors="replace") != xxhash.xxh3_128_hexdigest(packed):
         raise ValueError("its bytes do not match its digest")
-    document = json.loads(zlib.decompress(packed))
-    body = document["body"]
-    named = session_of(body["path"])
-    if named is None:
-        raise ValueError(f"it is of {body['path']!r}, which is no session's file")
-    return ObjectIndex(
-        path=body["path"],
-        session=named[0],
-        split=named[1],
-        pin=Pin(*document["pin"]),
-        trials=[_unpacked(item) for item in body["trials"]],
-        problems=body["problems"],
-        digest=document["digest"],
-    )
+    try:
+        document = json.loads(zlib.decompress(packed))
+        body = document["body"]
+        named = session_of(body["path"])
+        if named is None:
+            raise ValueError(f"it is of {body['path']!r}, which is no session's file")
+        return ObjectIndex(
+            path=body["path"],
+            session=named[0],
+            split=named[1],
+            pin=Pin(*document["pin"]),
+            trials=[_unpacked(item) for item in body["trials"]],
+            problems=body["problems"],
+            digest=document["digest"],
+        )
+    except (KeyError, IndexError, TypeError, AttributeError, zlib.error) as error:
+        raise ValueError(f"not an index that this version reads ({type(error).__name__}: {error})") from None
 
 
 def _packed(trial: Trial) -> list[Any]:

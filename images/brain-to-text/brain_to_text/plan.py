@@ -76,13 +76,13 @@ class SeededPlan:
         must_include: Sequence[int] | None = None,
     ) -> None:
         self._days = _Days(day_sizes, batch_size=batch_size, days_per_batch=days_per_batch, must_include=must_include)
-        self._seed = seed % 2**64
+        self._key = np.array([seed % 2**64, 0], np.uint64)
 
     def trials(self, step: int) -> np.ndarray:
         days = self._days
         surplus = days.per_day * days.days_per_batch - days.batch_size
         # The generator's raw words, not numpy's methods on top of it, whose stream may change with a version.
-        raw = np.random.Philox(key=[self._seed, 0], counter=[0, 0, step, 0]).random_raw(
+        raw = np.random.Philox(key=self._key, counter=[0, 0, step, 0]).random_raw(
             days.days_per_batch * (1 + days.per_day) + surplus
         )
         words = raw >> np.uint64(32)

@@ -83,6 +83,10 @@ class Ranges(ABC):
     def close(self) -> None: ...
 
 
+class Outage(StoreError):
+    """The store does not answer, or no longer knows us: nothing is wrong with the trial that was asked for."""
+
+
 def open_ranges(store: Store, *, in_flight: int = IN_FLIGHT) -> Ranges:
     if isinstance(store, S3ObjectStore):
         return ObjectRanges(store, in_flight)
@@ -287,12 +291,10 @@ class ObjectRanges(Ranges):
         url, text = self._store.url_of(request.path), str(error) if isinstance(error, _Short) else first_line(error)
         what = f"{url}: {request.trial} (bytes {start:,} to {start + length:,}) cannot be read"
         if "ExpiredToken" in text:
-            return StoreError(f"{what}: {text}; renew the credentials, or give the job a role that does")
+            return Outage(f"{what}: {text}; renew the credentials, or give the job a role that does")
         if is_denied(error):
             return StoreError(f"{what}: access denied ({text}); allow this role s3:GetObject")
-        return StoreError(
-            f"{what}: {text}; tried for {RETRY_S:.0f} s: check the endpoint and the network, and run again"
-        )
+        return Outage(f"{what}: {text}; tried for {RETRY_S:.0f} s: check the endpoint and the network, and run again")
 
 
 class _Short(Exception):

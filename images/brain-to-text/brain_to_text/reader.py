@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
@@ -13,7 +14,7 @@ import numpy as np
 
 from brain_to_text.hdf5 import decode, ranges_of
 from brain_to_text.index import Pin
-from brain_to_text.ranges import Ranges, Request
+from brain_to_text.ranges import Counts, Ranges, Request
 from brain_to_text.schema import BIN_S, Trial
 from brain_to_text.tiers import DiskTier, MemoryTier
 from estiba.errors import DataError
@@ -39,6 +40,46 @@ class Known:
         return f"{self.session}/{self.trial.name}"
 
 
+class Source(ABC):
+    """Where trials come from that no cache has."""
+
+    counts: Counts
+
+    @abstractmethod
+    def fetch(self, known: Known) -> Future[Any]:
+        """Begin to read; what it gives is for `values`. It may raise DataError, StoreError."""
+
+    @abstractmethod
+    def values(self, known: Known, fetched: Any) -> np.ndarray:
+        """The features, [T, C]. Raises DataError for bytes that do not decode."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class RangeSource(Source):
+    """By the index: the bytes of a trial, and values out of them."""
+
+    def __init__(self, ranges: Ranges) -> None:
+        self.ranges, self.counts = ranges, ranges.counts
+
+    def fetch(self, known: Known) -> Future[Any]:
+        placement = known.trial.features
+        assert placement is not None
+        return self.ranges.fetch(Request(known.path, known.pin, ranges_of(placement), known.name))
+
+    def values(self, known: Known, fetched: Any) -> np.ndarray:
+        placement = known.trial.features
+        assert placement is not None
+        try:
+            return decode(placement, fetched)
+        except ValueError as error:
+            raise DataError(f"{known.url}: {known.trial.name}: {error}; copy the file again") from None
+
+    def close(self) -> None:
+        self.ranges.close()
+
+
 class _Asked:
     """A trial that some batch waits for."""
 
@@ -54,14 +95,14 @@ class Reader:
     def __init__(
         self,
         known: Sequence[Known],
-        ranges: Ranges,
+        source: Source,
         *,
         memory: MemoryTier,
         disk: DiskTier | None,
         feature_subset: Sequence[int] | None,
         stop: Stop,
     ) -> None:
-        self.known, self.ranges, self.memory, self.disk = known, ranges, memory, disk
+        self.known, self.source, self.memory, self.disk = known, source, memory, disk
         self._subset = None if feature_subset is None else np.asarray(feature_subset, np.int64)
         self._stop = stop
         self._asked: dict[int, _Asked] = {}
@@ -145,12 +186,10 @@ class Reader:
 
     def _from_store(self, trial: int, *, decode_here: bool = False) -> Future[np.ndarray]:
         known = self.known[trial]
-        placement = known.trial.features
-        assert placement is not None
         answer: Future[np.ndarray] = Future()
-        pieces = self.ranges.fetch(Request(known.path, known.pin, ranges_of(placement), known.name))
+        reading = self.source.fetch(known)
 
-        def arrived(fetched: Future[list[Any]]) -> None:
+        def arrived(fetched: Future[Any]) -> None:
             if fetched.cancelled():
                 answer.cancel()
             elif decode_here:
@@ -161,15 +200,15 @@ class Reader:
                 except RuntimeError:  # closed in between
                     answer.cancel()
 
-        pieces.add_done_callback(arrived)
-        answer.add_done_callback(lambda done: pieces.cancel() if done.cancelled() else None)
+        reading.add_done_callback(arrived)
+        answer.add_done_callback(lambda done: reading.cancel() if done.cancelled() else None)
         return answer
 
-    def _decode(self, known: Known, fetched: Future[list[Any]], answer: Future[np.ndarray]) -> None:
+    def _decode(self, known: Known, fetched: Future[Any], answer: Future[np.ndarray]) -> None:
         if not answer.set_running_or_notify_cancel():
             return
         try:
-            values = features_of(known, fetched.result(), self._subset)
+            values = features_of(known, self.source.values(known, fetched.result()), self._subset)
             with self._lock:
                 placement = known.trial.features
                 self.bytes_used += sum(length for _, length in ranges_of(placement)) if placement else 0
@@ -178,20 +217,14 @@ class Reader:
             answer.set_exception(error)
 
     def close(self) -> None:
-        self.ranges.close()
+        self.source.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self.disk is not None:
             self.disk.close()
 
 
-def features_of(known: Known, pieces: Sequence[Any], subset: np.ndarray | None) -> np.ndarray:
-    """float32[T, C] out of the bytes of a trial. Raises DataError for bytes that do not decode, NaNs, infinities."""
-    placement = known.trial.features
-    assert placement is not None
-    try:
-        values = decode(placement, pieces)
-    except ValueError as error:
-        raise DataError(f"{known.url}: {known.trial.name}: {error}; copy the file again") from None
+def features_of(known: Known, values: np.ndarray, subset: np.ndarray | None) -> np.ndarray:
+    """float32[T, C] as they are given out. Raises DataError for NaNs, infinities."""
     values = values.astype(np.float32, copy=False)
     if subset is not None:
         values = np.ascontiguousarray(values[:, subset])

@@ -207,16 +207,17 @@ class DiskTier:
 
     def _drop(self, trial: int) -> None:
         self.shelf.remove(trial)
-        self._path(trial).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk that became read-only: the trial is in the store all the same
+            self._path(trial).unlink(missing_ok=True)
 
     def _adopt(self) -> None:
         """What an earlier process left, as far as it fits."""
         for path in sorted(self.folder.iterdir()):
             size_bytes = path.stat().st_size
             fits = self.shelf.used_bytes + size_bytes <= self.shelf.limit_bytes
-            if path.suffix == ".trial" and path.stem.isdigit() and fits:
+            if path.suffix == ".trial" and path.stem.isascii() and path.stem.isdigit() and fits and path.is_file():
                 self.shelf.admit(int(path.stem), size_bytes)
-            elif path.suffix in (".trial", ".part"):
+            elif path.suffix in (".trial", ".part") and not path.is_dir():
                 path.unlink(missing_ok=True)
 
 

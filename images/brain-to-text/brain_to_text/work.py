@@ -273,7 +273,8 @@ def train(config: BrainConfig, job: Job, stop: Stop) -> None:
         upload=upload,
     )
     with contextlib.ExitStack() as open_now:
-        trials = open_now.enter_context(choices.open_trials(config, "train", stop, sessions=config.sessions, device=device))
+        trials = choices.open_trials(config, "train", stop, sessions=config.sessions, device=device)
+        open_now.enter_context(trials)
         choices.keep_on_device(config, trials, device)
         if (val := open_val(config, trials, stop, device)) is not None:
             open_now.enter_context(val)

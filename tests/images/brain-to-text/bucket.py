@@ -20,7 +20,7 @@ import pytest
 
 NAME = "brain"
 Fault = Callable[[int, str], "tuple[str, float] | None"]
-"""(number of the ranged GET, key) -> (what, seconds) or None: 'error', 'slow', 'short', 'cut'."""
+"""(number of the ranged GET, key) -> (what, seconds) or None: 'error', 'denied', 'slow', 'short', 'cut'."""
 
 
 class Bucket:
@@ -164,6 +164,9 @@ class _Handler(BaseHTTPRequestHandler):
             fault = bucket.fault(number, key)
         if fault and fault[0] == "error":
             self._error(503, "SlowDown")
+            return
+        if fault and fault[0] == "denied":
+            self._error(403, "AccessDenied")
             return
         if fault and fault[0] == "slow":
             time.sleep(fault[1])

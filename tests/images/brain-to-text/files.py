@@ -73,7 +73,7 @@ def write_folder(folder: Path, *, splits: tuple[str, ...] = ("train", "val"), **
 def open_trials(location: str | Path, **options: Any) -> Trials:
     usual: dict[str, Any] = {
         "sessions": None, "split": "train", "stop": Stop(), "seed": 3, "batch_size": 6, "days_per_batch": 2,
-        "cache_bytes": 10**6, "disk_cache": None, "n_classes": 41, "n_features": WIDTH, "workers": 1,
+        "cache_bytes": 10**6, "disk_cache": None, "n_classes": 41, "n_features": WIDTH, "workers": 0,
     }  # fmt: skip
     return Trials.open(str(location), **{**usual, **options})
 

@@ -36,7 +36,7 @@ SMALL: dict[str, Any] = {
     "gradient_accumulation_steps": 2,
     "time_masks": 3,
     "ema_decay": 0.9,
-    "num_dataloader_workers": 1,
+    "num_dataloader_workers": 0,
     "cache_gb": 0.1,
     "log_individual_day_val_PER": False,
 }

@@ -174,6 +174,24 @@ def test_diphones_come_with_their_phonemes(tmp_path: Path) -> None:
         open_trials(tmp_path, days_per_batch=1)
 
 
+def test_a_trial_without_the_phonemes_that_others_have_is_named(tmp_path: Path) -> None:
+    path = write_session(tmp_path, trials=4)
+    with h5py.File(path, "r+") as file:
+        for group in list(file.values())[:3]:
+            group["seq_class_ids_phoneme"], group.attrs["seq_len_phoneme"] = group["seq_class_ids"][:5], 5
+    with pytest.raises(DataError, match="trial_0003: has no dataset seq_class_ids_phoneme, which other trials have"):
+        open_trials(tmp_path, n_classes=1681, days_per_batch=1)
+    with open_trials(tmp_path, days_per_batch=1) as trials:
+        assert trials.n_trials == 4
+
+
+def test_a_session_that_is_only_held_out_is_left_out_by_name(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / SESSIONS[1] / "data_train.hdf5").unlink()
+    with open_trials(folder, split="val") as trials:
+        assert trials.sessions == [SESSIONS[0], SESSIONS[2]]
+    assert f"left out: session {SESSIONS[1]} has a data_val.hdf5 and no data_train.hdf5" in capsys.readouterr().err
+
+
 def test_a_subset_of_features_and_named_bad_trials(folder: Path) -> None:
     bad = {SESSIONS[1]: {"1": [2, 3], "2": [10]}}
     with open_trials(folder, feature_subset=[6, 1], n_features=2, bad_trials=bad) as trials:
@@ -249,6 +267,11 @@ def flat(group: h5py.Group) -> None:
     group["input_features"] = np.zeros(50, np.float32)
 
 
+def endless(group: h5py.Group) -> None:
+    del group["input_features"]
+    group.create_dataset("input_features", (2**36, WIDTH), "f4", chunks=(1000, WIDTH))
+
+
 def text(group: h5py.Group) -> None:
     del group["input_features"]
     group["input_features"] = np.array([[b"x"]])
@@ -265,6 +288,7 @@ KNOWN_EARLY: list[tuple[Callable[[h5py.Group], None], str]] = [
     (too_many_steps, "n_time_steps says 4000"),
     (no_steps, r"shape \[0, 8\]"),
     (flat, r"shape \[50\]"),
+    (endless, r"shape \[68719476736, 8\], 2,199 GB"),
     (text, "not numbers"),
 ]
 
@@ -384,6 +408,23 @@ def test_trials_that_stay_on_a_gpu_give_the_same_batches(folder: Path) -> None:
         assert kept.keep_on(torch.device("cuda"), limit_bytes=10**6)
         for step in range(20):
             assert torch.equal(kept.batch(step).features.cpu(), trials.batch(step).features)
+
+
+def test_trials_left_out_by_name_are_part_of_what_the_data_are(folder: Path, tmp_path: Path) -> None:
+    """As many others left out is not the same data, nor are the trials on disk at the same positions."""
+    cache = (tmp_path / "cache", 10**9)
+    identities = set()
+    for number in (1, 5):
+        dictionary = {SESSIONS[0]: {"1": [number]}}
+        with open_trials(folder, bad_trials=dictionary) as plain:
+            assert plain.n_trials == 35, "one is left out"
+            with open_trials(folder, bad_trials=dictionary, cache_bytes=0, disk_cache=cache) as cached:
+                for step in range(10):
+                    assert bits(cached.batch(step)) == bits(plain.batch(step))
+                cached.reader.disk.flush()
+                assert bits(cached.batch(3)) == bits(plain.batch(3))
+            identities.add(plain.identity)
+    assert len(identities) == 2
 
 
 def test_a_batch_has_the_room_that_a_step_needs(folder: Path) -> None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 import pytest
+import xxhash
 from files import LAYOUTS, SESSIONS, write_folder, write_session, write_trial
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brain_to_text.generator import make_dataset
 from brain_to_text.hdf5 import decode, fletcher32, locate, ranges_of
-from brain_to_text.index import FOLDER, ObjectIndex, find_objects, open_indexes
+from brain_to_text.index import FOLDER, MAGIC, ObjectIndex, find_objects, loads, open_indexes
 from brain_to_text.paged import PagedFile
 from estiba.errors import ConfigError, DataError
 from estiba.stop import Stop
@@ -33,7 +36,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
 
 def indexes_of(location: str | Path, **options: Any) -> list[ObjectIndex]:
     store = open_store(location)
-    usual: dict[str, Any] = {"index_path": None, "rebuild": False, "workers": 1, "stop": Stop()}
+    usual: dict[str, Any] = {"index_path": None, "rebuild": False, "workers": 0, "stop": Stop()}
     return open_indexes(str(location), find_objects(store), store=store, **{**usual, **options})
 
 
@@ -274,3 +277,52 @@ def test_a_file_over_pages_reads_as_the_file(tmp_path: Path) -> None:
         for name in plain:
             assert file[name]["input_features"][()].tobytes() == plain[name]["input_features"][()].tobytes()
     assert sum(length for _, length in asked) <= len(data), "no page is fetched twice"
+
+
+@pytest.mark.parametrize("key", ["trials", "path"])
+def test_an_index_of_another_making_is_made_again(tmp_path: Path, kept: Path, key: str) -> None:
+    write_session(tmp_path)
+    (first,) = indexes_of(tmp_path)
+    (path,) = kept.rglob("*.index")
+    document = json.loads(zlib.decompress(path.read_bytes().partition(b"\n")[2]))
+    del document["body"][key]
+    packed = zlib.compress(json.dumps(document).encode())
+    path.write_bytes(MAGIC + xxhash.xxh3_128_hexdigest(packed).encode() + b"\n" + packed)
+    assert indexes_of(tmp_path)[0].digest == first.digest == loads(path.read_bytes()).digest
+
+
+def test_folders_whose_names_look_alike_have_an_index_each(tmp_path: Path, kept: Path) -> None:
+    for folder in ("a.b", "a/b", "a%2Fb"):
+        write_session(tmp_path / Path(folder).parent, Path(folder).name, trials=3)
+    indexes_of(tmp_path)
+    assert len(list(kept.rglob("*.index"))) == 3
+    assert [index.path for index in indexes_of(tmp_path)] == [
+        f"{name}/data_train.hdf5" for name in ("a%2Fb", "a.b", "a/b")
+    ]
+
+
+def test_an_index_made_anew_counts_where_the_published_one_cannot_be_replaced(
+    tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_session(tmp_path)
+    indexes_of(tmp_path)
+    (old,) = kept.rglob("*.index")
+    os.utime(path, ns=(1, 1))
+    indexes_of(tmp_path, index_path=tmp_path / FOLDER)
+    (index,) = indexes_of(tmp_path)
+    assert index.pin.mark == "1" != loads(old.read_bytes()).pin.mark
+
+
+def test_a_folder_of_data_is_not_written_to_even_where_nothing_else_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_session(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert len(indexes_of(tmp_path)[0].trials) == 12
+    assert not (tmp_path / FOLDER).exists() and "kept nowhere" in capsys.readouterr().err
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    os.rename(write_session(tmp_path).parent, os.fsencode(tmp_path) + b"/t15\xff")
+    with pytest.raises(DataError, match="a name with bytes that are no text; rename it"):
+        indexes_of(tmp_path)

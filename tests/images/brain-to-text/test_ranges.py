@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,21 @@ def test_an_endpoint_that_restarts_costs_time_alone(bucket: Bucket, folder: Path
     found += [trials.batch(step).features.numpy().tobytes() for step in range(5, STEPS)]
     trials.close()
     assert found == expected
+
+
+def test_an_endpoint_that_stays_away_ends_the_run_though_bad_trials_may_be_skipped(
+    bucket: Bucket, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RETRY_S", 0.5)
+    monkeypatch.setattr("estiba.s3.RETRY_TIMEOUT", timedelta(seconds=1))
+    trials = without_cache(bucket.put_folder(folder), on_bad_trial="skip")
+    trials.batch(0)
+    bucket.stop()
+    with pytest.raises(StoreError, match=r"trial_00\d\d .*check the endpoint and the network"):
+        all_of(trials, range(1, 20))
+    assert trials.bad == [], "nothing is wrong with any trial"
+    trials.close()
+    bucket.start()
 
 
 def test_an_object_that_changes_under_way_ends_the_run_with_both_versions(

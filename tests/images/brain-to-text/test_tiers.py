@@ -148,6 +148,25 @@ def test_a_full_disk_ends_the_cache_and_not_the_run(
     disk.close()
 
 
+def test_what_is_no_trial_in_the_folder_of_a_cache_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = DiskTier(tmp_path, 10**6, lambda _: 1, identity="a")
+    disk.put(1, VALUES)
+    disk.close()
+    (disk.folder / "5.trial").mkdir()
+    (disk.folder / "²3.trial").write_bytes(b"x")
+    (disk.folder / "1.trial").write_bytes((disk.folder / "1.trial").read_bytes()[:-1])
+    again = DiskTier(tmp_path, 10**6, lambda _: 1, identity="a")
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", read_only)
+    assert 5 not in again and again.get(1, FLOAT, (10, 10)) is None and 1 not in again
+    again.close()
+
+
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
 def test_a_cache_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
