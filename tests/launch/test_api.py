@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -281,6 +283,17 @@ def test_the_original_launchers_flags_become_hyperparameters_of_these_names():
     assert request["CheckpointConfig"]["S3Uri"] == "s3://bucket/output/brain-1/checkpoints"
     assert request["ProfilerConfig"] == {"DisableProfiler": True}
     assert "DebugHookConfig" not in request
+
+
+def test_the_guides_launcher_by_its_name_is_the_same_request():
+    words = [
+        "--image", IMAGE, "--role", ROLE, "--s3-bucket", "my-bucket", "--s3-data-prefix", "data/hdf5",
+        "--batch-size", "48", "--config-file", "rnn_args.yaml", "--instance-type", "ml.g5.2xlarge", "--job-name", "b", "--request",
+    ]  # fmt: skip
+    script = Path(__file__).parents[2] / "images/brain-to-text/launch_sagemaker_job.py"
+    done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads(call("launch", "--target", "sagemaker", *words).stdout)
 
 
 def test_a_printed_request_is_a_job_file(tmp_path):
