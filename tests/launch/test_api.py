@@ -288,7 +288,8 @@ def test_the_original_launchers_flags_become_hyperparameters_of_these_names():
 def test_the_guides_launcher_by_its_name_is_the_same_request():
     words = [
         "--image", IMAGE, "--role", ROLE, "--s3-bucket", "my-bucket", "--s3-data-prefix", "data/hdf5",
-        "--batch-size", "48", "--config-file", "rnn_args.yaml", "--instance-type", "ml.g5.2xlarge", "--job-name", "b", "--request",
+        "--batch-size", "48", "--config-file", "rnn_args.yaml", "--instance-type", "ml.g5.2xlarge",
+        "--job-name", "b", "--request",
     ]  # fmt: skip
     script = Path(__file__).parents[2] / "images/brain-to-text/launch_sagemaker_job.py"
     done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True)
