@@ -211,7 +211,7 @@ def run_peer(name: str, seconds: float) -> dict[str, Any]:
 
 def plan_of() -> Callable[[int], list[tuple[str, str]]]:
     """(session, trial) of each step, as ours draws them."""
-    from brain_to_text.plan import SeededPlan
+    from brain_to_text.reading.plan import SeededPlan
 
     sessions = sorted(path.parent.name for path in Path(os.environ["BENCH_DATA"]).glob("*/data_train.hdf5"))
     plan = SeededPlan([TRIALS] * len(sessions), batch_size=BATCH, days_per_batch=DAYS, seed=SEED)

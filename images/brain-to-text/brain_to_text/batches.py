@@ -15,7 +15,7 @@ from estiba.errors import DataError
 from estiba.stop import say
 
 if TYPE_CHECKING:
-    from brain_to_text.collate import Batch
+    from brain_to_text.reading.collate import Batch
 
 
 class Micro(NamedTuple):

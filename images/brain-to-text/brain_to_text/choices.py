@@ -9,10 +9,10 @@ import psutil
 import torch
 
 from brain_to_text.augment import Noise
-from brain_to_text.collate import Room
 from brain_to_text.config import BrainConfig
 from brain_to_text.model import Shape
 from brain_to_text.optimizer import Course
+from brain_to_text.reading.collate import Room
 from estiba.contract import root_of
 from estiba.errors import ConfigError
 from estiba.loop.settings import Precision, Settings

@@ -50,7 +50,7 @@ def _generate(arguments: list[str]) -> int:
 
 
 def _index(arguments: list[str]) -> int:
-    from brain_to_text.index import command
+    from brain_to_text.indexing.index import command
 
     return command(arguments)
 

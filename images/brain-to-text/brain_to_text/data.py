@@ -19,17 +19,17 @@ import numpy as np
 import torch
 import xxhash
 
-from brain_to_text.buffers import Buffers
-from brain_to_text.check import Wanted, check_trials, choose_sessions
-from brain_to_text.collate import TIGHT, Batch, Room, collate, describe
-from brain_to_text.h5py_source import H5pySource
-from brain_to_text.index import find_objects, open_indexes
-from brain_to_text.plan import NEVER, Plan, SeededPlan, Upcoming, UpstreamPlan
-from brain_to_text.ranges import Outage, open_ranges
-from brain_to_text.reader import Known, RangeSource, Reader, Source
-from brain_to_text.resident import Resident
-from brain_to_text.schema import Split
-from brain_to_text.tiers import DiskTier, MemoryTier
+from brain_to_text.indexing.index import find_objects, open_indexes
+from brain_to_text.indexing.schema import Split
+from brain_to_text.reading.buffers import Buffers
+from brain_to_text.reading.check import Wanted, check_trials, choose_sessions
+from brain_to_text.reading.collate import TIGHT, Batch, Room, collate, describe
+from brain_to_text.reading.h5py_source import H5pySource
+from brain_to_text.reading.plan import NEVER, Plan, SeededPlan, Upcoming, UpstreamPlan
+from brain_to_text.reading.ranges import Outage, open_ranges
+from brain_to_text.reading.reader import Known, RangeSource, Reader, Source
+from brain_to_text.reading.resident import Resident
+from brain_to_text.reading.tiers import DiskTier, MemoryTier
 from estiba.errors import ConfigError, DataError, EstibaError
 from estiba.stop import Stop, say
 from estiba.store import open_store

@@ -24,8 +24,8 @@ from typing import Literal
 import h5py
 import numpy as np
 
-from brain_to_text.index import forget
-from brain_to_text.schema import MAX_LABELS, N_PHONEMES, SILENCE, diphones_of
+from brain_to_text.indexing.index import forget
+from brain_to_text.indexing.schema import MAX_LABELS, N_PHONEMES, SILENCE, diphones_of
 from brain_to_text.sentences import Spoken, read_sentences
 from estiba.errors import ConfigError, EstibaError
 from estiba.stop import say

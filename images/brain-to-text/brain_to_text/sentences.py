@@ -11,7 +11,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from brain_to_text.schema import PHONEMES, SILENCE
+from brain_to_text.indexing.schema import PHONEMES, SILENCE
 from estiba.errors import ConfigError, DataError
 
 SHORTEST_WORDS, LONGEST_WORDS = 3, 9

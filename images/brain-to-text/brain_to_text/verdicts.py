@@ -15,8 +15,8 @@ from brain_to_text.ctc import DIPHONES, edits, greedy, marginal
 from estiba.loop.ahead import Ahead, to_device
 
 if TYPE_CHECKING:
-    from brain_to_text.collate import Batch
     from brain_to_text.data import Trials
+    from brain_to_text.reading.collate import Batch
 
 
 @dataclass(frozen=True, kw_only=True)

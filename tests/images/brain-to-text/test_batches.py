@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from brain_to_text.batches import Preparation
-from brain_to_text.collate import Batch
 from brain_to_text.model import Shape
+from brain_to_text.reading.collate import Batch
 from estiba.errors import DataError
 
 SHAPE = Shape(n_features=3, n_units=4, n_layers=1, n_days=5)

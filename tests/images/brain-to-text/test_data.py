@@ -14,10 +14,10 @@ import pytest
 import torch
 from files import SESSIONS, WIDTH, features_by_h5py, open_trials, write_folder, write_session
 
-from brain_to_text.collate import Batch, Room
 from brain_to_text.data import Trials
-from brain_to_text.plan import SeededPlan, UpstreamPlan
-from brain_to_text.schema import diphones_of
+from brain_to_text.indexing.schema import diphones_of
+from brain_to_text.reading.collate import Batch, Room
+from brain_to_text.reading.plan import SeededPlan, UpstreamPlan
 from estiba.errors import ConfigError, DataError
 
 

@@ -12,7 +12,7 @@ import pytest
 from files import open_trials
 
 from brain_to_text.generator import LAYOUTS, Recipe, brains, command, make_dataset, session_names
-from brain_to_text.schema import PHONEMES, SILENCE, diphones_of
+from brain_to_text.indexing.schema import PHONEMES, SILENCE, diphones_of
 from brain_to_text.sentences import Spoken, read_sentences
 from estiba.errors import ConfigError
 

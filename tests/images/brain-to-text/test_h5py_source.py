@@ -20,9 +20,9 @@ from bucket import Bucket, bucket_for
 from files import LAYOUTS, SESSIONS, open_trials, write_folder, write_session
 from rehearsal import Place, outcome, recordings, run, stopped_at
 
-from brain_to_text import ranges, s3fs_files
 from brain_to_text.data import Trials
-from brain_to_text.h5py_source import H5pySource
+from brain_to_text.reading import ranges, s3fs_files
+from brain_to_text.reading.h5py_source import H5pySource
 from estiba.errors import DataError, EstibaError, Interrupted, StoreError
 from estiba.stop import Stop
 
@@ -319,7 +319,7 @@ def test_a_trial_that_costs_one_process_after_another_ends_the_run_with_its_name
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with by_h5py(folder, 1) as trials:
-        monkeypatch.setattr("brain_to_text.h5py_source.Worker.ask", _killed_before())
+        monkeypatch.setattr("brain_to_text.reading.h5py_source.Worker.ask", _killed_before())
         with pytest.raises(
             EstibaError,
             match=r"data_train.hdf5: t15.*/trial_0000 cannot be read: 3 processes died .*SIGKILL: out of memory\?",
@@ -328,7 +328,7 @@ def test_a_trial_that_costs_one_process_after_another_ends_the_run_with_its_name
 
 
 def _killed_before() -> Any:
-    from brain_to_text.crew import Worker
+    from brain_to_text.indexing.crew import Worker
 
     ask = Worker.ask
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from files import LAYOUTS
 
-from brain_to_text.hdf5 import decode, locate, ranges_of
+from brain_to_text.indexing.hdf5 import decode, locate, ranges_of
 from estiba.errors import DataError
 
 

@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brain_to_text.generator import make_dataset
-from brain_to_text.hdf5 import decode, fletcher32, locate, ranges_of
-from brain_to_text.index import FOLDER, MAGIC, ObjectIndex, find_objects, loads, open_indexes
-from brain_to_text.paged import PagedFile
+from brain_to_text.indexing.hdf5 import decode, fletcher32, locate, ranges_of
+from brain_to_text.indexing.index import FOLDER, MAGIC, ObjectIndex, find_objects, loads, open_indexes
+from brain_to_text.indexing.paged import PagedFile
 from estiba.errors import ConfigError, DataError
 from estiba.stop import Stop
 from estiba.store import open_store
@@ -165,7 +165,7 @@ def test_an_index_is_made_once_and_used_again(tmp_path: Path, kept: Path, monkey
     first = indexes_of(tmp_path)
     assert len(list(kept.rglob("*.index"))) == 6
     assert not (tmp_path / FOLDER).exists(), "a job does not write to its input"
-    monkeypatch.setattr("brain_to_text.index.survey_all", lambda *_, **__: pytest.fail("made again"))
+    monkeypatch.setattr("brain_to_text.indexing.index.survey_all", lambda *_, **__: pytest.fail("made again"))
     again = indexes_of(tmp_path)
     assert [index.digest for index in first] == [index.digest for index in again]
 
@@ -219,7 +219,7 @@ def test_an_index_beside_local_data_is_used_where_this_machine_has_none(
 ) -> None:
     write_session(tmp_path)
     indexes_of(tmp_path, index_path=tmp_path / FOLDER)
-    monkeypatch.setattr("brain_to_text.index.survey_all", lambda *_, **__: pytest.fail("made again"))
+    monkeypatch.setattr("brain_to_text.indexing.index.survey_all", lambda *_, **__: pytest.fail("made again"))
     indexes_of(tmp_path)
     assert not list(kept.rglob("*.index"))
 

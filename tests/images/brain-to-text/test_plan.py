@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brain_to_text.plan import NEVER, SNAPSHOT_EVERY, SeededPlan, Upcoming, UpstreamPlan
+from brain_to_text.reading.plan import NEVER, SNAPSHOT_EVERY, SeededPlan, Upcoming, UpstreamPlan
 from estiba.errors import ConfigError
 
 SIZES = [40, 5, 200, 90, 17, 60]

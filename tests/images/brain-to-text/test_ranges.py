@@ -15,9 +15,9 @@ import pytest
 from bucket import NAME, Bucket, bucket_for
 from files import SESSIONS, features_by_h5py, open_trials, write_folder, write_session
 
-from brain_to_text import ranges as module
 from brain_to_text.data import Trials
-from brain_to_text.index import FOLDER
+from brain_to_text.indexing.index import FOLDER
+from brain_to_text.reading import ranges as module
 from estiba.errors import DataError, StoreError
 
 STEPS = 40

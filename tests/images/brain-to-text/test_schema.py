@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from brain_to_text.schema import (
+from brain_to_text.indexing.schema import (
     N_DIPHONES,
     N_PHONEMES,
     PHONEMES,

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from files import SESSIONS, open_trials, write_session, write_trial
 
-from brain_to_text import surveyors
-from brain_to_text.survey import Survey, survey
+from brain_to_text.indexing import surveyors
+from brain_to_text.indexing.survey import Survey, survey
 from estiba.errors import DataError, StoreError
 from estiba.store import Entry, FileStore
 

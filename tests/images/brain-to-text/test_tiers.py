@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from brain_to_text.plan import SeededPlan, Upcoming
-from brain_to_text.tiers import DIGEST_BYTES, DiskTier, MemoryTier
+from brain_to_text.reading.plan import SeededPlan, Upcoming
+from brain_to_text.reading.tiers import DIGEST_BYTES, DiskTier, MemoryTier
 from estiba.errors import ConfigError
 
 VALUES = np.arange(100, dtype=np.float32).reshape(10, 10)

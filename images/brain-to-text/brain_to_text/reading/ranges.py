@@ -25,7 +25,7 @@ import numpy as np
 import obstore
 from obstore.exceptions import BaseError, PreconditionError
 
-from brain_to_text.index import Pin
+from brain_to_text.indexing.index import Pin
 from estiba.errors import DataError, EstibaError, StoreError
 from estiba.s3 import S3ObjectStore
 from estiba.s3_errors import first_line, is_denied, may_be_expired

@@ -10,9 +10,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from brain_to_text.hdf5 import locate, refuse_elsewhere
-from brain_to_text.paged import PagedFile
-from brain_to_text.schema import (
+from brain_to_text.indexing.hdf5 import locate, refuse_elsewhere
+from brain_to_text.indexing.paged import PagedFile
+from brain_to_text.indexing.schema import (
     FEATURES,
     LABELS,
     MAX_LABELS,

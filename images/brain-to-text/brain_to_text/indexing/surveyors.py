@@ -9,8 +9,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from brain_to_text.crew import Died, Worker
-from brain_to_text.survey import Survey, survey
+from brain_to_text.indexing.crew import Died, Worker
+from brain_to_text.indexing.survey import Survey, survey
 from estiba.errors import DataError, EstibaError
 from estiba.stop import Stop
 from estiba.store import Entry, Store, open_store

@@ -25,9 +25,9 @@ from typing import Any, Literal
 import numpy as np
 import xxhash
 
-from brain_to_text.schema import Placement, Split, Trial, session_of
-from brain_to_text.survey import Survey
-from brain_to_text.surveyors import survey_all
+from brain_to_text.indexing.schema import Placement, Split, Trial, session_of
+from brain_to_text.indexing.survey import Survey
+from brain_to_text.indexing.surveyors import survey_all
 from estiba.errors import ConfigError, DataError, EstibaError, StoreError
 from estiba.stop import Stop, say
 from estiba.store import Entry, FileStore, Store, open_store

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from brain_to_text import ranges
-from brain_to_text.crew import Died, Worker
-from brain_to_text.h5py_files import Again, Answer, H5Files, Order, Refused, Replaced
-from brain_to_text.index import Pin
-from brain_to_text.ranges import Counts, changed
-from brain_to_text.reader import Known, Source
+from brain_to_text.indexing.crew import Died, Worker
+from brain_to_text.indexing.index import Pin
+from brain_to_text.reading import ranges
+from brain_to_text.reading.h5py_files import Again, Answer, H5Files, Order, Refused, Replaced
+from brain_to_text.reading.ranges import Counts, changed
+from brain_to_text.reading.reader import Known, Source
 from estiba.errors import EstibaError, StoreError
 from estiba.s3 import S3ObjectStore
 from estiba.store import FileStore, Store
@@ -176,7 +176,7 @@ class _Hand:
                 if self._source.closing.is_set():
                     raise Died("closed")
                 if self.worker is None:
-                    self.worker = Worker("brain_to_text.h5py_files")
+                    self.worker = Worker("brain_to_text.reading.h5py_files")
                 worker = self.worker
             said = worker.ask(order)
             answer = said if isinstance(said, Answer) else Answer(said, 0, 0)

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import h5py
 import numpy as np
 
-from brain_to_text.index import Pin
-from brain_to_text.schema import FEATURES
+from brain_to_text.indexing.index import Pin
+from brain_to_text.indexing.schema import FEATURES
 from estiba.errors import DataError, EstibaError, StoreError
 
 if TYPE_CHECKING:
-    from brain_to_text.s3fs_files import PinnedFile
+    from brain_to_text.reading.s3fs_files import PinnedFile
 
 OPEN_FILES = 48
 """The study has 45 sessions: opening one again costs a handful of requests."""
@@ -108,7 +108,7 @@ class _Opened:
         """Whether the blocks that are kept in memory do for this trial."""
         if self.pinned is None:
             return True
-        from brain_to_text.s3fs_files import blocks_for
+        from brain_to_text.reading.s3fs_files import blocks_for
 
         return blocks_for(order.size_bytes) <= self.pinned.blocks
 
@@ -203,7 +203,11 @@ class H5Files:
         return opened
 
     def _opened_object(self, order: Order, pinned: list[PinnedFile]) -> _Opened:
-        from brain_to_text.s3fs_files import PinnedFile, blocks_for, filesystem  # a second's import, for S3 alone
+        from brain_to_text.reading.s3fs_files import (  # a second's import, for S3 alone
+            PinnedFile,
+            blocks_for,
+            filesystem,
+        )
 
         if self._filesystem is None:
             self._filesystem = filesystem()

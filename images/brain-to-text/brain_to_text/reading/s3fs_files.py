@@ -20,8 +20,8 @@ from s3fs import S3FileSystem
 from s3fs.core import S3File, _inner_fetch
 from s3fs.utils import FileExpired
 
-from brain_to_text.h5py_files import Again, Refused, Replaced
-from brain_to_text.index import Pin
+from brain_to_text.indexing.index import Pin
+from brain_to_text.reading.h5py_files import Again, Refused, Replaced
 from estiba.errors import StoreError
 
 BLOCK_BYTES = 2 * 2**20

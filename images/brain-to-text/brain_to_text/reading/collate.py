@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from brain_to_text.buffers import Buffers
-from brain_to_text.reader import Known
+from brain_to_text.reading.buffers import Buffers
+from brain_to_text.reading.reader import Known
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from brain_to_text.hdf5 import decode, ranges_of
-from brain_to_text.index import Pin
-from brain_to_text.ranges import Counts, Ranges, Request
-from brain_to_text.schema import BIN_S, Trial
-from brain_to_text.tiers import DiskTier, MemoryTier
+from brain_to_text.indexing.hdf5 import decode, ranges_of
+from brain_to_text.indexing.index import Pin
+from brain_to_text.indexing.schema import BIN_S, Trial
+from brain_to_text.reading.ranges import Counts, Ranges, Request
+from brain_to_text.reading.tiers import DiskTier, MemoryTier
 from estiba.errors import DataError
 from estiba.stop import Stop
 

@@ -7,9 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from brain_to_text.index import ObjectIndex
-from brain_to_text.reader import Known
-from brain_to_text.schema import FEATURES, LABELS, N_DIPHONES, N_PHONEMES, PHONEME_LABELS, Split, Trial, session_of
+from brain_to_text.indexing.index import ObjectIndex
+from brain_to_text.indexing.schema import (
+    FEATURES,
+    LABELS,
+    N_DIPHONES,
+    N_PHONEMES,
+    PHONEME_LABELS,
+    Split,
+    Trial,
+    session_of,
+)
+from brain_to_text.reading.reader import Known
 from estiba.errors import ConfigError, DataError
 from estiba.stop import say
 from estiba.store import Entry, Store

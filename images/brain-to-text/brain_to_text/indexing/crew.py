@@ -1,8 +1,8 @@
 """Processes of our own that answer tasks, one at a time: for h5py, which lets one thread in at a time.
 
-They are started afresh, `python -m brain_to_text.crew MODULE`, and not forked: neither obstore nor an s3fs that was
-used lives through a fork. Nor do they run the caller's main module again, as multiprocessing would, so a notebook or a
-bare script can use them. MODULE has a function `answering()`; what that returns is called with each task.
+They are started afresh, `python -m brain_to_text.indexing.crew MODULE`, and not forked: neither obstore nor an s3fs
+that was used lives through a fork. Nor do they run the caller's main module again, as multiprocessing would, so a
+notebook or a bare script can use them. MODULE has a function `answering()`; what that returns is called with each task.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Worker:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _OURS)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "brain_to_text.crew", module, str(os.getpid())],
+                [sys.executable, "-m", "brain_to_text.indexing.crew", module, str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=environ,

@@ -15,7 +15,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from brain_to_text.schema import Placement
+from brain_to_text.indexing.schema import Placement
 from estiba.errors import DataError
 
 DEFLATE, SHUFFLE, FLETCHER32, SCALEOFFSET = 1, 2, 3, 6

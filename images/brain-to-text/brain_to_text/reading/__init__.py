@@ -1,0 +1,1 @@
+"""Trials from where they lie to batches: the plan, requests, caches, checks."""
