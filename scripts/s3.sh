@@ -4,7 +4,7 @@
 #   scripts/s3.sh build                          # the image estiba/s3:local
 #   scripts/s3.sh start                          # the server, on this machine's Docker bridge; prints its environment
 #   scripts/s3.sh put runs/x/input s3://estiba/x # a folder into a bucket; what is there already is skipped
-#   scripts/s3.sh stop                           # the server and its data go
+#   scripts/s3.sh stop                           # the server and its data go, those of other checkouts too
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -66,7 +66,9 @@ case "${1:-}" in
     start) start ;;
     put)
         start >/dev/null
-        environment | docker run --rm --env-file /dev/stdin --volume "$(realpath "$2"):/from:ro" estiba/s3:local \
+        # This checkout's program, not the one in an image that may be older.
+        environment | docker run --rm --env-file /dev/stdin --volume "$(realpath "$2"):/from:ro" \
+            --volume "$PWD/compose/s3/objects.py:/opt/s3/objects.py:ro" estiba/s3:local \
             python /opt/s3/objects.py put /from "$3" ;;
     stop) docker rm --force --volumes $NAME >/dev/null && docker volume rm estiba-s3-data >/dev/null ;;
     *) sed -n '2,7p' "$0" >&2; exit 2 ;;

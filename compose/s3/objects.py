@@ -8,6 +8,7 @@ Endpoint and credentials come from the standard AWS variables. Exit status 0, or
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sys
 from pathlib import Path
@@ -48,7 +49,9 @@ def put(client: Any, folder: Path, url: str) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     if not files:
         raise CopyError(f"{folder} holds no files")
-    client.create_bucket(Bucket=bucket)
+    # Some servers answer so where the bucket is one's own already, S3 itself outside us-east-1 among them.
+    with contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou):
+        client.create_bucket(Bucket=bucket)
     there = objects(client, bucket, prefix)
     sent = 0
     for path in files:

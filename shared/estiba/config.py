@@ -11,11 +11,13 @@ import argparse
 import difflib
 import json
 import os
+import shutil
+import textwrap
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
@@ -38,6 +40,8 @@ class Config(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
+    see_also: ClassVar[str] = ""
+    """What --help ends with, such as other commands."""
 
 
 C = TypeVar("C", bound=Config)
@@ -51,14 +55,30 @@ class _Given:
     origin: str
 
 
-def load(cls: type[C], *, argv: Sequence[str], environ: Mapping[str, str], hyperparameters: Mapping[str, str]) -> C:
-    """Build the configuration. Raises ConfigError with every mistake found, one a line."""
+def load(
+    cls: type[C],
+    *,
+    argv: Sequence[str],
+    environ: Mapping[str, str] | None,
+    hyperparameters: Mapping[str, str] | None,
+    prog: str | None = None,
+) -> C:
+    """Build the configuration. Raises ConfigError with every mistake found, one a line.
+
+    None is no source, and --help does not speak of it; `prog` is the command's name there, usually the workload's.
+    """
     problems: list[str] = []
+    parser = parser_of(
+        cls,
+        prog or os.environ.get("ESTIBA_WORKLOAD"),
+        environment=environ is not None,
+        hyperparameters=hyperparameters is not None,
+    )
     given: dict[str, _Given] = {}
     for source in (
-        lambda: _from_hyperparameters(cls, hyperparameters, problems),
-        lambda: _from_environment(cls, environ, problems),
-        lambda: _from_flags(cls, argv, problems),
+        lambda: _from_hyperparameters(cls, hyperparameters or {}, problems),
+        lambda: _from_environment(cls, environ or {}, problems),
+        lambda: _from_flags(cls, parser, argv, problems),
     ):
         given |= source()
     values = {name: _prepare(cls.model_fields[name], item.value) for name, item in given.items()}
@@ -122,8 +142,10 @@ def _from_environment(cls: type[Config], environ: Mapping[str, str], problems: l
     return given
 
 
-def _from_flags(cls: type[Config], argv: Sequence[str], problems: list[str]) -> dict[str, _Given]:
-    parser, items = parser_of(cls, os.environ.get("ESTIBA_WORKLOAD")), _normalized(argv)
+def _from_flags(
+    cls: type[Config], parser: argparse.ArgumentParser, argv: Sequence[str], problems: list[str]
+) -> dict[str, _Given]:
+    items = _normalized(argv)
     while True:
         try:
             known, rest = parser.parse_known_args(items)
@@ -151,12 +173,15 @@ def _valueless(items: Sequence[str], flag: str | None) -> int | None:
     return None
 
 
-def parser_of(cls: type[Config], prog: str | None = None) -> argparse.ArgumentParser:
-    """The flags of a configuration, with each field's docstring and default as help."""
+def parser_of(
+    cls: type[Config], prog: str | None = None, *, environment: bool = True, hyperparameters: bool = True
+) -> argparse.ArgumentParser:
+    """The flags of a configuration, with each field's docstring and default as help, and other ways to give it."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        description=(cls.__doc__ or "").strip(),
-        epilog="Each flag is also an environment variable (ESTIBA_TEXT_COLUMN) and a hyperparameter (text-column).",
+        description=_wrapped(cls.__doc__ or ""),
+        epilog=_wrapped(_epilog(cls, environment=environment, hyperparameters=hyperparameters)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         exit_on_error=False,
@@ -176,6 +201,26 @@ def parser_of(cls: type[Config], prog: str | None = None) -> argparse.ArgumentPa
             const="true" if is_switch else None,
         )
     return parser
+
+
+def _epilog(cls: type[Config], *, environment: bool, hyperparameters: bool) -> str:
+    """The first field of two words is the example, since it shows how each is spelt."""
+    names = [name for name in cls.model_fields if ENV_PREFIX + name.upper() not in RESERVED_ENV]
+    example = next((name for name in names if "_" in name), names[0] if names else None)
+    ways = []
+    if environment and example:
+        ways.append(f"an environment variable ({ENV_PREFIX}{example.upper()})")
+    if hyperparameters and example:
+        ways.append(f"a hyperparameter ({example.replace('_', '-')})")
+    also = f"Each flag is also {' and '.join(ways)}." if ways else ""
+    return f"{also} {cls.see_also}"
+
+
+def _wrapped(text: str) -> str:
+    """As argparse does, but names with a hyphen stay whole."""
+    return textwrap.fill(
+        " ".join(text.split()), max(shutil.get_terminal_size().columns - 2, 11), break_on_hyphens=False
+    )
 
 
 def _normalized(argv: Iterable[str]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from estiba.config import C, load
 from estiba.contract import Job
-from estiba.errors import EstibaError
+from estiba.errors import EstibaError, Interrupted
 from estiba.failure import write_failure
 from estiba.stop import Stop, say
 
@@ -31,7 +31,7 @@ def run(config_class: type[C], work: Callable[[C, Job, Stop], None]) -> NoReturn
         config = load(config_class, argv=sys.argv[1:], environ=os.environ, hyperparameters=job.hyperparameters)
         work(config, job, Stop.from_environment().install())
     except EstibaError as error:
-        say(f"error: {error}")
+        say(str(error) if isinstance(error, Interrupted) else f"error: {error}")
         _end(failure_path, str(error), error.exit_code)
     except MemoryError:
         text = "out of memory; give the container more, or lower --batch-size"

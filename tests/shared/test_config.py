@@ -370,6 +370,29 @@ def test_help_shows_every_flag_with_its_words_and_default(
     assert "Where the data is. [required]" in " ".join(capsys.readouterr().out.split())
 
 
+def test_help_shows_the_other_ways_by_a_field_of_this_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    class Own(Config):
+        """A tool's."""
+
+        see_also = "Other commands: tool tidy-up"
+        place: str = ""
+        """Where."""
+        lens_size: int = 1
+        """How large."""
+
+    def helped(**sources: Any) -> str:
+        with pytest.raises(SystemExit):
+            load(Own, argv=["--help"], prog="tool measure", **sources)
+        return " ".join(capsys.readouterr().out.split())
+
+    text = helped(environ={}, hyperparameters={})
+    assert "an environment variable (ESTIBA_LENS_SIZE) and a hyperparameter (lens-size). Other commands: tool" in text
+    assert text.startswith("usage: tool measure [-h]") and text.endswith("tidy-up")
+    text = helped(environ=None, hyperparameters=None)
+    assert "environment" not in text and "hyperparameter" not in text
+    assert load(Own, argv=["--place", "a"], environ=None, hyperparameters=None).place == "a"
+
+
 # --- the three routes ----------------------------------------------------------------------------------------------
 
 words = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=20)

@@ -184,7 +184,7 @@ def _sample(arguments: list[str]) -> None:
 
 
 def _load(kind: Any, arguments: list[str]) -> Any:
-    return load(kind, argv=arguments, environ={}, hyperparameters={})
+    return load(kind, argv=arguments, environ=None, hyperparameters=None)
 
 
 COMMANDS: dict[tuple[str, ...], Callable[[list[str]], int | None]] = {

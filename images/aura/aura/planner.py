@@ -56,7 +56,7 @@ class PlanConfig(Config):
 
 def main(argv: Sequence[str]) -> int:
     """`aura plan`: print the recommendation. Raises ConfigError on a mistake in the flags."""
-    config = load(PlanConfig, argv=argv, environ={}, hyperparameters={})
+    config = load(PlanConfig, argv=argv, environ=None, hyperparameters=None)
     made = plan_for(config)
     print(json.dumps(as_json(made)) if config.as_json else table(made))
     return 0

@@ -142,6 +142,23 @@ def nested(config: Config, sessions: Sequence[str]) -> dict[str, Any]:
     return content
 
 
+def of_this_run(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `nested` leaves out: what a file may say, and what it had better not, which is this machine's.
+
+    Such are a GPU's number, which `read` does not take, and the places below ESTIBA_ROOT where none was given.
+    """
+    from brain_to_text.config import FREE
+
+    values = config.model_dump(mode="json", include=set(FREE - WRITTEN - {"config_file"}))
+    fields = type(config).model_fields
+    own = {
+        name: value
+        for name, value in values.items()
+        if name in NOT_TAKEN or ((usual := fields[name].default_factory) and value == usual())  # type: ignore[call-arg]
+    }
+    return {name: value for name, value in values.items() if name not in own}, own
+
+
 WRITTEN = frozenset(
     "num_training_batches use_amp batches_per_train_log log_individual_day_val_PER num_dataloader_workers "
     "sessions".split()

@@ -11,9 +11,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from estiba.config import load
+from estiba.contract import Job
 from estiba.errors import ConfigError, EstibaError
 from estiba.stop import Stop, say
 
@@ -39,7 +40,7 @@ def run(arguments: Sequence[str]) -> NoReturn:
 def _evaluate(arguments: list[str]) -> None:
     from brain_to_text.evaluate import EvaluateConfig, evaluate
 
-    config = load(EvaluateConfig, argv=arguments, environ={}, hyperparameters={})
+    config = load(EvaluateConfig, argv=arguments, environ=None, hyperparameters=None, prog="brain-to-text evaluate")
     evaluate(config, Stop.from_environment().install())
 
 
@@ -56,17 +57,32 @@ def _index(arguments: list[str]) -> int:
 
 
 def _show_config(arguments: list[str]) -> None:
-    """What a training with these flags would be set to, as a file that --config-file takes."""
-    import yaml
-
-    from brain_to_text.arguments import nested
+    """What a training with these flags, here, would be set to, as a file that --config-file takes."""
+    from brain_to_text.arguments import nested, of_this_run
     from brain_to_text.config import BrainConfig
 
-    config = load(BrainConfig, argv=arguments, environ={}, hyperparameters={})
+    class ShowConfig(BrainConfig):
+        """Print what a training would be set to by these flags, the environment and hyperparameters."""
+
+    config = load(
+        ShowConfig,
+        argv=arguments,
+        environ=os.environ,
+        hyperparameters=Job.read().hyperparameters,
+        prog="brain-to-text show-config",
+    )
     content = nested(config, config.sessions or [])
-    if config.sessions is None:
-        del content["dataset"]["sessions"]
-    print(yaml.safe_dump(content, sort_keys=False), end="")
+    content["dataset"]["sessions"] = config.sessions
+    values, remarks = of_this_run(config)
+    print(_yaml(content) + "\n# Places, reading, and what is kept.\n" + _yaml(values), end="")
+    print("# The machine's own; a training elsewhere finds its own.")
+    print("".join(f"# {line}\n" for line in _yaml(remarks).splitlines()), end="")
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    import yaml
+
+    return str(yaml.safe_dump(values, sort_keys=False)) if values else ""
 
 
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {

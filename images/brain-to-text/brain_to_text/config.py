@@ -5,7 +5,7 @@ A value is a flag, an environment variable, a hyperparameter, or stands in `--co
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -22,9 +22,14 @@ Count = Annotated[int, Field(ge=1)]
 class BrainConfig(Config):
     """Train the brain-to-text decoder on HDF5 sessions. Run again after a stop, it goes on where it was."""
 
+    see_also: ClassVar[str] = (
+        "Other commands, each with a --help of its own: brain-to-text evaluate, brain-to-text generate, "
+        "brain-to-text index, brain-to-text show-config"
+    )
+
     config_file: str | None = None
     """A YAML in upstream's or the guide's form: a path, a name in the channel `config`, or one that comes with the
-    image (rnn_args.yaml, rnn_args_diphone_sagemaker.yaml). Default is upstream's values."""
+    image (rnn_args.yaml, rnn_args_diphone_sagemaker.yaml, rnn_args_small.yaml). Default is upstream's values."""
     s3_bucket: str | None = None
     """Bucket of the sessions; with --s3-data-prefix, instead of --dataset-dir."""
     s3_data_prefix: str | None = None

@@ -1,6 +1,6 @@
 """Data of the study's form, made up: English sentences, their phonemes, and neurons that are tuned to them.
 
-    python -m brain_to_text generate --out runs/brain/input --sessions 4 --trials 60
+    brain-to-text generate --out runs/brain/input --sessions 4 --trials 60
 
 What makes it a task: each phoneme has a place in a space of a few dimensions, and each feature a direction in it to
 which it answers. From day to day that space is turned, so that what meant one phoneme means another one, and part of
@@ -12,117 +12,116 @@ dictionary and text give the same values.
 
 from __future__ import annotations
 
-import argparse
-import json
-import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import date, timedelta
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import h5py
 import numpy as np
+from pydantic import Field
 
-from brain_to_text.indexing.index import forget
+from brain_to_text.destination import SPLITS, Destination, session_names
 from brain_to_text.indexing.schema import MAX_LABELS, N_PHONEMES, SILENCE, diphones_of
 from brain_to_text.sentences import Spoken, read_sentences
-from estiba.errors import ConfigError, EstibaError
+from estiba.config import Config, load
+from estiba.errors import EstibaError, StoreError
 from estiba.stop import say
 
 Layout = Literal["contiguous", "chunked", "gzip", "shuffle"]
 LAYOUTS: tuple[Layout, ...] = ("contiguous", "chunked", "gzip", "shuffle")
-SPLITS = ("train", "val", "test")
-FIRST_DAY = date(2023, 8, 11)
-ABOUT = "generated.json"
+Count = Annotated[int, Field(ge=1)]
 RENEWED = 0.25
 """Of the drift: what is not turned but new."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Config):
     """How much is made, and how hard it is."""
 
-    sessions: int = 4
-    trials: int = 60
+    sessions: Count = 4
+    """Days that are recorded."""
+    trials: Count = 60
     """Training trials a session."""
-    held_out_trials: int | None = None
-    """Of the val and the test split, each; None is a sixth of the training trials, at least 2."""
-    features: int = 512
-    seed: int = 1
-    drift: float = 0.8
+    held_out_trials: Count | None = None
+    """Trials of the val and of the test split of a session, each; default is a sixth of --trials, at least 2."""
+    features: Count = 512
+    """Features of a 20 ms bin; the study has 512."""
+    seed: Annotated[int, Field(ge=0)] = 1
+    """Of all that is drawn: the same seed gives the same values."""
+    drift: Annotated[float, Field(ge=0, le=1)] = 0.8
     """How much each feature's tuning changes every day: 0 not, 1 altogether."""
-    noise: float = 1.0
+    noise: Annotated[float, Field(ge=0)] = 1.0
     """Standard deviation of a feature's noise in a 20 ms bin, over that of its answers to phonemes."""
-    bins_per_phoneme: float = 9.0
-    """On average, of 20 ms. Speech has about 4; whoever tries to speak with this implant is slower, some 15 to 20."""
-    dimensions: int = 16
-    """Of the space of phonemes."""
-    longest_words: int = 9
-    """A longer sentence is cut there."""
+    bins_per_phoneme: Annotated[float, Field(ge=2)] = 9.0
+    """How long phonemes last on average, in bins of 20 ms. Speech has about 4; whoever tries to speak with this implant
+    is slower, some 15 to 20."""
+    dimensions: Count = 16
+    """Of the space in which phonemes have their places."""
+    longest_words: Count = 9
+    """Words of a sentence; a longer one is cut there."""
     labels: Literal["phoneme", "diphone"] = "phoneme"
+    """What trials are labelled with; diphone has phonemes beside them."""
     layout: Layout = "contiguous"
+    """How HDF5 stores features: in one piece, in chunks, in compressed chunks, or in these with bytes shuffled."""
     text: str | None = None
-    """A file of English prose; None takes Python's documentation."""
+    """A file of English prose to take sentences from; default is Python's documentation."""
 
 
-def make_dataset(folder: str | Path, recipe: Recipe | None = None, **settings: object) -> Path:
+class Place(Config):
+    """Where it is made."""
+
+    out: str
+    """Folder for SESSION/data_{train,val,test}.hdf5: a new one, or one that is there and empty."""
+    overwrite: bool = False
+    """Replace what was generated there with another recipe. Files that were not generated are left alone."""
+
+
+class GenerateConfig(Recipe, Place):
+    """Make up data of the study's form. A folder that is finished already is left as it is."""
+
+
+def make_dataset(
+    folder: str | Path, recipe: Recipe | None = None, *, overwrite: bool = False, **settings: object
+) -> Path:
     """Write SESSION/data_{train,val,test}.hdf5 into a folder, which must not hold other data; returns the folder.
 
-    Settings are the fields of `Recipe`. A folder that this very recipe made is left as it is. Raises ConfigError,
-    DataError.
+    Settings are the fields of `Recipe`. A folder that this very recipe made is left as it is; what another recipe made
+    is replaced with `overwrite`. Raises ConfigError, DataError, StoreError; ValueError for a setting that cannot be.
     """
-    made = replace(recipe or Recipe(), **settings)  # type: ignore[arg-type]
-    _check(made)
+    made = Recipe.model_validate({**(recipe or Recipe()).model_dump(), **settings})
     folder = Path(folder)
-    about = folder / ABOUT
-    wanted = json.loads(json.dumps(asdict(made)))
-    if about.exists():
-        with_recipe = json.loads(about.read_text("utf-8"))
-        if with_recipe.get("recipe") == wanted:
-            return folder
-    if folder.is_dir() and any(folder.iterdir()) and not about.exists():
-        raise ConfigError(f"{folder}: holds other files; name a new folder with --out")
+    destination = Destination(folder, made.model_dump(mode="json"))
+    if destination.is_finished():
+        return folder
+    with _explained(folder):
+        destination.begin(overwrite=overwrite)
     whole = read_sentences(Path(made.text) if made.text else None)
     cut = {one.text: one for one in (sentence.cut(made.longest_words) for sentence in whole)}
     spoken = [one for one in cut.values() if len(one.phonemes) <= MAX_LABELS]
-    beside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    _write_all(beside, made, spoken)
-    (beside / ABOUT).write_text(json.dumps({"recipe": wanted, "sentences": len(spoken)}, indent=1) + "\n", "utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside.rename(folder)
-    forget(folder)
+    with _explained(folder):
+        _write_all(destination, made, spoken)
+        destination.publish(sentences=len(spoken))
     return folder
 
 
-def _check(recipe: Recipe) -> None:
-    for name, least in (
-        ("sessions", 1),
-        ("trials", 1),
-        ("features", 1),
-        ("dimensions", 1),
-        ("bins_per_phoneme", 2),
-        ("longest_words", 1),
-    ):
-        if getattr(recipe, name) < least:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(recipe, name)}: must be at least {least}")
-    if not 0 <= recipe.drift <= 1:
-        raise ConfigError(f"--drift {recipe.drift}: must be from 0 to 1")
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"{folder}: cannot be written ({error}); mend that, and run it again") from None
 
 
-def _write_all(folder: Path, recipe: Recipe, spoken: Sequence[Spoken]) -> None:
+def _write_all(destination: Destination, recipe: Recipe, spoken: Sequence[Spoken]) -> None:
     held_out = max(2, recipe.trials // 6) if recipe.held_out_trials is None else recipe.held_out_trials
     for session, brain in zip(session_names(recipe.sessions), brains(recipe), strict=True):
-        (folder / session).mkdir(parents=True)
         # Splits share no sentence, in any session.
         for number, split in enumerate(SPLITS):
             random = np.random.default_rng([recipe.seed, 1, brain.day, number])
             mine = _share(spoken, split)
             count = recipe.trials if split == "train" else held_out
-            path = folder / session / f"data_{split}.hdf5"
-            with h5py.File(path, "w") as file:
+            with h5py.File(destination.path_of(session, split), "w") as file:
                 for trial in range(count):
                     sentence = mine[int(random.integers(len(mine)))]
                     features = brain.listen(sentence.phonemes, random, recipe)
@@ -137,13 +136,6 @@ def _share(spoken: Sequence[Spoken], split: str) -> Sequence[Spoken]:
         for at, one in enumerate(spoken)
         if {8: "val", 9: "test"}.get(at * 7 % 10, "train") == split
     ]  # fmt: skip
-
-
-def session_names(count: int) -> list[str]:
-    """'t15.2023.08.11', and so on, a few days apart."""
-    gaps = (0, 2, 5, 7, 12, 16)
-    days = (gaps[at % len(gaps)] + 21 * (at // len(gaps)) for at in range(count))
-    return [f"t15.{FIRST_DAY + timedelta(days=day):%Y.%m.%d}" for day in days]
 
 
 @dataclass(frozen=True)
@@ -259,26 +251,13 @@ def _padded(values: np.ndarray) -> np.ndarray:
 
 def command(arguments: Sequence[str]) -> int:
     """`brain-to-text generate --out DIR`: data of the study's form, made up."""
-    usual = Recipe()
-    parser = argparse.ArgumentParser(prog="python -m brain_to_text generate", description=command.__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
-    for name, value in asdict(usual).items():
-        flag, explained = f"--{name.replace('_', '-')}", f"(default {value})"
-        if name == "layout":
-            parser.add_argument(flag, choices=LAYOUTS, default=value)
-        elif name == "labels":
-            parser.add_argument(flag, choices=("phoneme", "diphone"), default=value)
-        elif name in ("text", "held_out_trials"):
-            parser.add_argument(flag, type=str if name == "text" else int, default=None)
-        else:
-            parser.add_argument(flag, type=type(value), default=value, help=explained)
-    options = vars(parser.parse_args(arguments))
-    out: Path = options.pop("out")
     try:
-        make_dataset(out, Recipe(**options))
+        config = load(GenerateConfig, argv=arguments, environ=None, hyperparameters=None, prog="brain-to-text generate")
+        recipe = Recipe.model_validate(config.model_dump(include=set(Recipe.model_fields)))
+        out = make_dataset(config.out, recipe, overwrite=config.overwrite)
     except EstibaError as error:
         say(f"error: {error}")
         return error.exit_code
     size = sum(path.stat().st_size for path in out.rglob("*.hdf5"))
-    print(f"{out}: {options['sessions']} sessions, {size / 1e6:.0f} MB")
+    print(f"{out}: {recipe.sessions} sessions, {size / 1e6:.0f} MB")
     return 0

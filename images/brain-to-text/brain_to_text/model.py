@@ -97,7 +97,10 @@ class GRUDecoder(nn.Module):
         return self._network(features_BTC, weights_UCC, biases_UC, day_index_B)
 
     def _decode(self, x_BTC: Tensor, weights_UCC: Tensor, biases_UC: Tensor, day_index_B: Tensor) -> Tensor:
-        x_BTC = torch.bmm(x_BTC, weights_UCC[day_index_B]) + biases_UC[day_index_B].unsqueeze(1)
+        # Not weights[index]: on a CPU the gradient of that is summed by several threads in the order they come.
+        weights_BCC = weights_UCC.index_select(0, day_index_B)
+        biases_BC = biases_UC.index_select(0, day_index_B)
+        x_BTC = torch.bmm(x_BTC, weights_BCC) + biases_BC.unsqueeze(1)
         x_BTC = self.day_layer_dropout(softsign(x_BTC))
         if self.shape.patch_size > 0:
             patches_BNCP = x_BTC.unfold(1, self.shape.patch_size, self.shape.patch_stride)

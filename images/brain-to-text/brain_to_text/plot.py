@@ -32,11 +32,15 @@ def per_plot(rows: Iterable[Mapping[str, Any]], path: Path, *, title: str = "Pho
     if diphones := _points(rows, "val_der"):
         above.plot(*zip(*diphones, strict=True), "o-", color="#9a7fb8", markersize=3, label="diphone error rate")
     above.set(ylabel="edits a phoneme", title=title)
-    above.set_ylim(bottom=0)
+    above.set_ylim(0, 1.06 * max(0.01, *(rate for _, rate in [*rates, *diphones])))
+    losses: list[float] = []
     for column, color, label in (("train_loss", "#1f5f99", "training"), ("val_loss", "#c8553d", "validation")):
         if points := _points(rows, column):
             below.plot(*zip(*points, strict=True), color=color, linewidth=1.2, label=label)
+            losses += [loss for _, loss in points]
     below.set(xlabel="step", ylabel="CTC loss (nats a trial)")
+    if losses and min(losses) > 0:
+        below.set_yscale("log")  # it falls a thousandfold
     for axes in (above, below):
         axes.grid(alpha=0.25)
         if axes.lines:

@@ -9,8 +9,10 @@ import yaml
 
 from brain_to_text.arguments import PRESETS, nested, read
 from brain_to_text.choices import check
+from brain_to_text.commands import COMMANDS
 from brain_to_text.config import FREE, BrainConfig
 from estiba.config import load
+from estiba.contract import checkpoint_dir
 from estiba.errors import ConfigError
 
 UPSTREAM: dict = {
@@ -157,6 +159,54 @@ def test_evaluation_and_another_architecture_are_refused(tmp_path: Path) -> None
 def test_settings_that_do_not_go_together_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check(BrainConfig(**changes))
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    COMMANDS["show-config"](list(arguments))
+    return capsys.readouterr().out
+
+
+def test_show_config_honours_and_refuses_what_training_does(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ESTIBA_ROOT", str(tmp_path))
+    (tmp_path / "input/config").mkdir(parents=True)
+    (tmp_path / "input/config/hyperparameters.json").write_text('{"n-units": "33", "batch-size": "6"}')
+    monkeypatch.setenv("ESTIBA_BATCH_SIZE", "7")
+    values = yaml.safe_load(shown(capsys))
+    assert (values["dataset"]["batch_size"], values["model"]["n_units"]) == (7, 33)
+    monkeypatch.setenv("ESTIBA_BATCH_SIZE", "seven")
+    monkeypatch.setenv("ESTIBA_BATCH_SZE", "7")
+    with pytest.raises(ConfigError, match=r"'ESTIBA_BATCH_SZE'; did you mean ESTIBA_BATCH_SIZE\?\n.*'seven'"):
+        shown(capsys)
+
+
+def test_show_config_prints_every_setting_and_config_file_takes_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ESTIBA_ROOT", str(tmp_path))
+    flags = ["--reader", "h5py", "--on-bad-trial", "skip", "--save-every-s", "5", "--dataset-dir", "/d", "--seed", "3"]
+    text = shown(capsys, *flags)
+    for name in set(BrainConfig.model_fields) - {"config_file", "dataset_seed"}:
+        assert f"{name}: " in text or f"{name}:\n" in text, name
+    assert f"# checkpoint_path: {checkpoint_dir()}\n" in text and f"# model_dir: {tmp_path}/model\n" in text
+    path = tmp_path / "own.yaml"
+    path.write_text(text)
+    assert given("--config-file", str(path)).model_copy(update={"config_file": None}) == given(*flags)
+    assert shown(capsys, "--config-file", str(path)) == text
+
+
+def test_help_names_the_other_commands_and_every_file_that_comes_along(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        given("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    for name in COMMANDS:
+        assert f"brain-to-text {name}" in text
+    for path in PRESETS.glob("*.yaml"):
+        assert path.name in text
+    assert "ESTIBA_CONFIG_FILE" in text
 
 
 def test_what_is_written_beside_weights_reads_back_the_same(tmp_path: Path) -> None:

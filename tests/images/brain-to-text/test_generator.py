@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +16,8 @@ import numpy as np
 import pytest
 from files import open_trials
 
-from brain_to_text.generator import LAYOUTS, Recipe, brains, command, make_dataset, session_names
+from brain_to_text.destination import SPLITS, session_names
+from brain_to_text.generator import LAYOUTS, GenerateConfig, Recipe, brains, command, make_dataset
 from brain_to_text.indexing.schema import PHONEMES, SILENCE, diphones_of
 from brain_to_text.sentences import Spoken, read_sentences
 from estiba.errors import ConfigError
@@ -31,6 +37,10 @@ def digests(folder: Path) -> dict[str, str]:
                     digest.update(dataset[()].tobytes())
         found[path.relative_to(folder).as_posix()] = digest.hexdigest()
     return found
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_files_have_the_form_of_the_study(tmp_path: Path) -> None:
@@ -66,13 +76,95 @@ def test_a_folder_that_is_there_is_kept_and_a_strangers_refused(tmp_path: Path) 
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.hdf5")}
     make_dataset(folder, **SMALL)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.hdf5")} == before
-    make_dataset(folder, **{**SMALL, "sessions": 1})
-    assert len(list(folder.glob("t15.*"))) == 1
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     with pytest.raises(ConfigError, match="holds other files"):
         make_dataset(tmp_path / "mine", **SMALL)
-    assert (tmp_path / "mine" / "thesis.tex").exists()
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["thesis.tex"]
+
+
+def test_data_of_another_recipe_is_replaced_on_request_alone_and_other_files_never(tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "a", **SMALL, labels="diphone")
+    first, last = session_names(2)
+    (folder / last / "notes.txt").write_text("x")
+    before = digests(folder)
+    with pytest.raises(ConfigError, match=r"sessions 2 there, 1 asked for, labels diphone there, phoneme asked for"):
+        make_dataset(folder, **{**SMALL, "sessions": 1})
+    with pytest.raises(ConfigError, match=rf"other files \({last}/notes.txt\); name another .*--out.*--overwrite"):
+        make_dataset(folder, **{**SMALL, "sessions": 1})
+    assert digests(folder) == before
+    make_dataset(folder, **{**SMALL, "sessions": 1}, overwrite=True)
+    assert files(folder) == {"generated.json", f"{last}/notes.txt", *(f"{first}/data_{split}.hdf5" for split in SPLITS)}
+    assert digests(folder) == digests(make_dataset(tmp_path / "b", **{**SMALL, "sessions": 1}))
+
+
+@pytest.mark.parametrize("name", [f"{session_names(1)[0]}/data_train.hdf5", "t15.2024.01.01/data_val.hdf5"])
+def test_recordings_that_were_not_generated_are_never_replaced_or_joined(tmp_path: Path, name: str) -> None:
+    real = tmp_path / name
+    real.parent.mkdir()
+    real.write_bytes(b"of the study")
+    with pytest.raises(ConfigError, match=rf"was not generated \({name}\), which is never replaced"):
+        make_dataset(tmp_path, **SMALL, overwrite=True)
+    assert files(tmp_path) == {name} and real.read_bytes() == b"of the study"
+
+
+def test_an_existing_empty_folder_is_filled_and_stays_the_same_one(tmp_path: Path) -> None:
+    """As a mount point must."""
+    inode = tmp_path.stat().st_ino
+    make_dataset(tmp_path, **SMALL)
+    assert tmp_path.stat().st_ino == inode
+    assert {path.name for path in tmp_path.iterdir()} == {"generated.json", *session_names(2)}
+
+
+@pytest.mark.parametrize("moves", [0, 1, 4])
+def test_what_a_killed_run_left_is_not_taken_for_whole_and_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
+    folder, replace = make_dataset(tmp_path / "a", **SMALL, labels="diphone"), Path.replace
+    done: list[Path] = []
+
+    def fail(path: Path, target: Path) -> Path:
+        if "data_" in path.name:
+            done.append(path)
+            if len(done) > moves:
+                raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        make_dataset(folder, **SMALL, overwrite=True)
+    monkeypatch.setattr(Path, "replace", replace)
+    assert not (folder / "generated.json").exists()
+    make_dataset(folder, **{**SMALL, "sessions": 1})
+    assert files(folder) == {"generated.json", *(f"{session_names(1)[0]}/data_{split}.hdf5" for split in SPLITS)}
+
+
+def test_a_set_that_lost_a_file_is_made_anew(tmp_path: Path) -> None:
+    whole = digests(make_dataset(tmp_path, **SMALL))
+    (tmp_path / session_names(1)[0] / "data_val.hdf5").unlink()
+    assert digests(make_dataset(tmp_path, **SMALL)) == whole
+
+
+def test_a_folder_that_may_not_be_written_is_refused_in_one_line_before_the_work(tmp_path: Path) -> None:
+    if os.getuid() != 0:
+        pytest.skip("becoming another user needs root")
+    asked = (
+        "import os, sys; from brain_to_text import generator; os.setgid(65534); os.setuid(65534); "
+        "generator.read_sentences = lambda _: sys.exit('too late'); sys.exit(generator.command(sys.argv[1:]))"
+    )
+    top = Path(tempfile.mkdtemp())  # pytest's own folders are closed to other users
+    try:
+        top.chmod(0o755)
+        (top / "data").mkdir()
+        for out in ("new", "data"):
+            done = subprocess.run(
+                [sys.executable, "-c", asked, "--out", str(top / out)], capture_output=True, text=True, timeout=60
+            )
+            assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+            assert done.stderr.startswith(f"error: {top / out}: cannot be written (Permission denied) by user 65534")
+            assert "--out" in done.stderr
+    finally:
+        shutil.rmtree(top)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -164,4 +256,20 @@ def test_the_command_makes_it_and_refuses_in_one_line(tmp_path: Path, capsys: py
     assert command(["--out", str(tmp_path / "a"), *small]) == 0
     assert "1 sessions" in capsys.readouterr().out
     assert command(["--out", str(tmp_path / "b"), *small, "--drift", "2"]) == 2
-    assert capsys.readouterr().err == "error: --drift 2.0: must be from 0 to 1\n"
+    said = capsys.readouterr().err
+    assert said.startswith("error: flag --drift is '2': ") and "less than or equal to 1" in said
+    assert command(["--out", str(tmp_path / "a"), *small, "--seed", "2"]) == 2
+    assert "seed 1 there, 2 asked for" in capsys.readouterr().err
+    assert command(["--out", str(tmp_path / "a"), *small, "--seed", "2", "--overwrite"]) == 0
+
+
+def test_help_explains_every_option_under_the_name_that_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        command(["--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.startswith("usage: brain-to-text generate ")
+    for name, info in GenerateConfig.model_fields.items():
+        assert info.description, name
+        assert f"--{name.replace('_', '-')} " in text and " ".join(info.description.split()) in text
+    assert "ESTIBA_" not in text, "flags are all that it takes"

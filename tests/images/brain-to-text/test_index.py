@@ -227,7 +227,7 @@ def test_an_index_beside_local_data_is_used_where_this_machine_has_none(
 def test_data_that_is_generated_anew_is_indexed_anew(tmp_path: Path) -> None:
     small = {"sessions": 1, "features": 4, "longest_words": 2}
     for trials in (3, 5):
-        make_dataset(tmp_path / "data", trials=trials, **small)
+        make_dataset(tmp_path / "data", trials=trials, overwrite=True, **small)
         assert max(len(index.trials) for index in indexes_of(tmp_path / "data")) == trials
 
 

@@ -37,6 +37,24 @@ def test_logits_are_those_of_the_description(bidirectional: bool) -> None:
     torch.testing.assert_close(logits, spelt_out(model, x_BTC, day_of))
 
 
+def test_gradients_of_the_layers_of_days_are_the_same_bits_however_threads_run() -> None:
+    """Trials of one day are worked on by several threads, whose sums must not depend on who comes first."""
+    shape = Shape(n_features=64, n_units=4, n_layers=1, n_days=3)
+    model, before = GRUDecoder(shape, seed=1).eval(), torch.get_num_threads()
+    x_BTC, index = torch.randn(15, 60, 64), torch.arange(15) % 3
+    torch.set_num_threads(max(2, before))
+    try:
+        seen = set()
+        for _ in range(40):
+            model.zero_grad()
+            model(x_BTC, (0, 1, 2), index).square().sum().backward()
+            gradients = [*model.day_weights, *model.day_biases]
+            seen.add(b"".join(one.grad.numpy().tobytes() for one in gradients if one.grad is not None))
+    finally:
+        torch.set_num_threads(before)
+    assert len(seen) == 1
+
+
 def test_without_patches_each_bin_is_an_output() -> None:
     shape = Shape(n_features=6, n_units=8, n_layers=1, n_days=1, patch_size=0)
     assert GRUDecoder(shape)(torch.randn(2, 9, 6), (0,), torch.zeros(2, dtype=torch.long)).shape == (2, 9, 41)

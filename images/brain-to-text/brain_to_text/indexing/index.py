@@ -127,7 +127,7 @@ def open_indexes(
     missing = [entry for entry in entries if entry.path not in found]
     if missing:
         if len(missing) > 1:
-            say(f"indexing {len(missing)} HDF5 files in {store.url}, once; the index is kept for later runs")
+            say(f"indexing {len(missing)} HDF5 files in {store.url}, once; {places[0].url} keeps the index")
         # A folder is a job's input, which is only read.
         own = places[:1] if isinstance(store, FileStore) else places
         keeper = _Keeper(own, rebuild)

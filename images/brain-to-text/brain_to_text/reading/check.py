@@ -122,7 +122,9 @@ def check_trials(
                 problems.append(f"{trial.name}: {problem}")
         if problems and not wanted.skips:
             more = f" ({len(problems)} of its {len(index.trials)} trials cannot be used)" if len(problems) > 1 else ""
-            raise DataError(f"{url}: {problems[0]}{more}; or leave such trials out with --on-bad-trial skip")
+            is_all = len(problems) == len(index.trials)
+            remedy = "" if is_all else "; or leave such trials out with --on-bad-trial skip"
+            raise DataError(f"{url}: {problems[0]}{more}{remedy}")
         bad += [f"{index.session}/{problem} ({url})" for problem in problems]
         if wanted.split == "train" and len(good) == before:
             raise DataError(
@@ -195,4 +197,4 @@ def _labels_problem(name: str, labels: np.ndarray, length: int | None, n_classes
         return f"{what} (0 is the blank, and the padding behind the last label); mend the labels or their length"
     if n_classes <= N_PHONEMES < value < N_DIPHONES:
         return f"{what}; these look like diphones: give --n-classes {N_DIPHONES}"
-    return f"{what}; give --n-classes {int(labels.max()) + 1} or more, or mend the labels"
+    return f"{what}; mend the labels"
