@@ -3,9 +3,9 @@
     make bench/brain_whole_step                              # the CPU: a smaller decoder, float32
     python benchmarks/brain_whole_step.py --rounds 7         # on a machine with a GPU: full sizes, bfloat16
 
-Needs what `make bench/brain_whole_step` installs: brain-to-text's requirements and hadro; no image. Recordings of the
-study's lengths lie on an S3 server of its own (hadro, 25 ms a request, 90 MB/s a connection). Each feed takes the same
-steps of the plan in turn, as the training loop does: batches made in a thread, moved, computed, clipped, stepped.
+Needs what `make bench/brain_whole_step` installs: brain-to-text's requirements; no image. Recordings of the study's
+lengths lie on an S3 server of its own (25 ms a request, 90 MB/s a connection). Each feed takes the same steps of the
+plan in turn, as the training loop does: batches made in a thread, moved, computed, clipped, stepped.
 
 memory    the batches of these steps, read and prepared before the clock starts
 loader    the reader with its trials in the host's memory, after one pass over them
