@@ -185,12 +185,16 @@ class Trials:
             self._look_ahead(step, 0 if is_first else self._ahead)
             drawn = self._pending[step]
             futures = self.reader.ask(drawn.asked, again=True)
+        if is_first and self._resident is None:  # there is time for it now
+            longest = max(self.steps_stored(position) for position in drawn.ids)
+            self._buffers.prepare(len(drawn.ids), self._room.steps(longest), self.width)
         try:
             arrived = self._arrived(drawn.asked, futures)
-            if is_first:
+            made = self._side_by_side(arrived) if self._resident is None else self._gathered(drawn.ids, arrived)
+            if is_first:  # and it is made: what arrives for the next ones would take the processor from it
                 with self._lock:
                     self._look_ahead(step, self._ahead)
-            return self._side_by_side(arrived) if self._resident is None else self._gathered(drawn.ids, arrived)
+            return made
         finally:
             with self._lock:
                 assert self._upcoming is not None

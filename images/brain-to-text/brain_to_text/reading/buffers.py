@@ -8,6 +8,7 @@ import weakref
 import numpy as np
 import torch
 
+PAGE_BYTES = 4096
 KEPT = 8
 """Buffers that wait to be used again; as many batches as lie between the reader and the step, and some."""
 
@@ -25,6 +26,20 @@ class Buffers:
         self._lock = threading.RLock()  # the collector may give back in the middle of taking
         self.made = 0
 
+    def prepare(self, *shape: int) -> None:
+        """Have memory ready for a `take` of that shape where there is none: new pages cost most when they are touched."""
+        count = int(np.prod(shape))
+        with self._lock:
+            if any(count <= len(buffer) for buffer in self._free):
+                return
+        buffer = self._make(count)
+        buffer[:: PAGE_BYTES // buffer.itemsize] = 0.0
+        self._give_back(buffer)
+
+    def _make(self, count: int) -> np.ndarray:
+        self.made += 1
+        return np.empty(count + count // 8, np.float32)  # room for a batch that is a little longer
+
     def take(self, *shape: int) -> torch.Tensor:
         """float32[shape], of any values."""
         count = int(np.prod(shape))
@@ -35,8 +50,7 @@ class Buffers:
             else:
                 if len(self._free) == self._kept:  # all too small: batches have grown
                     self._free.pop(0)
-                buffer = np.empty(count + count // 8, np.float32)  # room for a batch that is a little longer
-                self.made += 1
+                buffer = self._make(count)
         lease = buffer[:count].view(_Leased)
         weakref.finalize(lease, self._give_back, buffer).atexit = False
         return torch.from_numpy(lease.reshape(shape))
