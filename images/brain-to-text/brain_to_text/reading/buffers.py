@@ -27,7 +27,7 @@ class Buffers:
         self.made = 0
 
     def prepare(self, *shape: int) -> None:
-        """Have memory ready for a `take` of that shape where there is none: new pages cost most when they are touched."""
+        """Have memory ready for a `take` of that shape; new pages cost most when they are touched first."""
         count = int(np.prod(shape))
         with self._lock:
             if any(count <= len(buffer) for buffer in self._free):
