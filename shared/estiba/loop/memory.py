@@ -13,7 +13,7 @@ def keep_freed_memory() -> bool:
     """Have malloc keep large blocks that are freed; False where it is not glibc's.
 
     By itself it gives blocks of more than 32 MB back to the kernel at once. A step on a CPU frees some dozens of them
-    and asks for as many again, whose pages the kernel has to clear: up to half of the time of a step.
+    and asks for as many again, whose pages the kernel has to clear: a fifth of a step of brain-to-text's decoder.
     Source: mallopt(3).
     """
     try:
