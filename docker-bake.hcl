@@ -1,12 +1,12 @@
-# The build graph, and every base-image pin, once.
+# The build graph, with every base-image pin.
 #
 #   make build BASE=local                  # what people call: fetches wheels first, then bakes
-#   docker buildx bake --print             # the graph as it is
+#   docker buildx bake --print             # prints the graph
 #
-# An image exists because images/<name>/Dockerfile exists. Make hands that list in as IMAGES; the default below is the
-# same list for a bare `docker buildx bake`, and tests/repo fails when the two differ.
+# An image exists because images/<name>/Dockerfile exists. Make passes that list as IMAGES. The default below is the same
+# list for a bare `docker buildx bake`; tests/repo fails if the two differ.
 
-variable "IMAGES" { default = "aura,brain-to-text,embed" }
+variable "IMAGES" { default = "aura,brain-to-text,embed,finetune,multinode" }
 
 # dlc: AWS's training images from its account registry. public: the public gallery, no AWS account.
 # local: images/base, for machines that can pull neither.
@@ -19,7 +19,7 @@ variable "AWS_REGION" { default = "us-east-1" }
 variable "DLC_ACCOUNT" { default = "763104351884" } # four regions differ: af-south-1 626614931356, eu-south-1 692866216735, me-south-1 217643126080, ap-east-1 871362719292
 
 # ------------------------------------------------------------------------------------------------- pins
-# AWS releases a tag again, in place, about weekly: only a digest holds still. `make pin` fills the digests.
+# AWS rebuilds a tag in place about weekly; only a digest is stable. `make pin` writes the digests.
 
 variable "HUGGINGFACE_REPOSITORY" { default = "huggingface-pytorch-training" }
 variable "HUGGINGFACE_TAG" { default = "2.9.0-transformers5.3.0-gpu-py312-cu130-ubuntu22.04" }
@@ -33,7 +33,7 @@ variable "PUBLIC_REPOSITORY" { default = "public.ecr.aws/deep-learning-container
 variable "PUBLIC_TAG" { default = "2.13.0-cu133-amzn2023-sagemaker" }
 variable "PUBLIC_DIGEST" { default = "" }
 
-# Which images stand on the Hugging Face training image; all others stand on the PyTorch one.
+# The images on the Hugging Face training image; all others are on the PyTorch one.
 variable "ON_HUGGINGFACE" { default = "embed,finetune" }
 
 # -------------------------------------------------------------------------------------------- functions
@@ -71,22 +71,40 @@ function "tags" {
 
 # ---------------------------------------------------------------------------------------------- targets
 
+# SageMaker refuses an image index, which an attestation would make of an image where the engine has the containerd store.
+variable "NO_ATTESTATION" { default = ["type=provenance,disabled=true", "type=sbom,disabled=true"] }
+
 group "default" { targets = ["image"] }
 group "tests" { targets = ["image-test"] }
+
+# What all images have in common; images/common.Dockerfile says what, and why in which order.
+target "common" {
+  name       = "${image}-common"
+  matrix     = { image = split(",", IMAGES) }
+  context    = "."
+  dockerfile = "images/common.Dockerfile"
+  contexts   = { base = base_of(image), wheels = wheels(image) }
+  args = {
+    IMAGE                 = image
+    PACKAGE               = replace(image, "-", "_")
+    ESTIBA_VERSION        = VERSION
+    ESTIBA_IMAGE_REVISION = REVISION
+  }
+}
 
 target "image" {
   name       = image
   matrix     = { image = split(",", IMAGES) }
   context    = "."
   dockerfile = "images/${image}/Dockerfile"
-  contexts   = { base = base_of(image), wheels = wheels(image) }
-  args       = { ESTIBA_VERSION = VERSION, ESTIBA_IMAGE_REVISION = REVISION }
+  contexts   = { common = "target:${image}-common" }
   tags       = tags(image)
+  attest     = NO_ATTESTATION
   labels = {
-    "estiba.image"                      = image # ours, so that clearing away old builds touches nobody else's
-    "org.opencontainers.image.title"    = "estiba/${image}"
-    "org.opencontainers.image.version"  = VERSION
-    "org.opencontainers.image.revision" = REVISION
+    "estiba.image"                       = image # ours, so that pruning old builds leaves other people's images alone
+    "org.opencontainers.image.title"     = "estiba/${image}"
+    "org.opencontainers.image.version"   = VERSION
+    "org.opencontainers.image.revision"  = REVISION
     "org.opencontainers.image.base.name" = BASE == "local" ? "estiba/base:local" : replace(base_of(image), "docker-image://", "")
   }
 }
@@ -100,9 +118,10 @@ target "image-test" {
   contexts   = { image = "target:${image}", base = base_of(image), wheels = wheels("${image}-test") }
   args       = { IMAGE = image }
   tags       = ["estiba/${image}-test:local"]
+  attest     = NO_ATTESTATION
 }
 
-# The stand-in; its file systems are made by images/base/rootfs.sh.
+# The local base; images/base/rootfs.sh makes its file systems.
 target "base" {
   context = "images/base"
   contexts = {
@@ -110,7 +129,8 @@ target "base" {
     rootfs-build = "docker-image://estiba/rootfs-build:bookworm"
     wheels       = ".build/wheels/base-py311"
   }
-  tags = ["estiba/base:local"]
+  tags   = ["estiba/base:local"]
+  attest = NO_ATTESTATION
   labels = {
     "estiba.image"                     = "base"
     "org.opencontainers.image.title"   = "estiba/base"

@@ -1,3 +1,5 @@
+# environment: torch
+# needs: corpus
 """aura's data path against Hugging Face's: text to packed token ids, and ids to batches.
 
     python benchmarks/aura_data.py --text runs/aura/input                 # text made by demo/aura_corpus.py
@@ -6,10 +8,10 @@
 Needs a Python with aura's requirements and `datasets`; no network, no image. Rounds in turn, medians of the ratios.
 
 Packing: theirs is run_clm's way, `datasets.map` of a fast tokenizer and of the grouping, batched, num_proc=2, writing
-its cache; ours is `aura.data.prepare` with two workers, writing, syncing and verifying its shards. Both begin with the
-text files and a loaded tokenizer, and end where the first batch can be taken.
-Loading: theirs is torch's DataLoader over the grouped dataset in torch format, shuffled, in its default process and in
-two workers, whichever is faster; ours is `Windows.take`. Both give int64 batches of the same shape.
+its cache; ours is `aura.data.corpus.prepare` with two workers, writing, syncing and verifying its shards. Both begin
+with the text files and a loaded tokenizer, and end where the first batch can be taken. Loading: theirs is torch's
+DataLoader over the grouped dataset in torch format, shuffled, in its default process and in two workers, whichever is
+faster; ours is `Windows.take`. Both give int64 batches of the same shape.
 """
 
 from __future__ import annotations
@@ -59,8 +61,8 @@ def main() -> int:
 
 
 def measure(files: list[Path], folder: Path, rounds: int, copies: int) -> dict[str, Any]:
-    from aura.documents import read_documents  # type: ignore[import-not-found,import-untyped]
-    from aura.tokenizer import train_tokenizer  # type: ignore[import-not-found,import-untyped]
+    from aura.data.documents import read_documents  # type: ignore[import-not-found,import-untyped]
+    from aura.tokenizer.training import train_tokenizer  # type: ignore[import-not-found,import-untyped]
 
     text = folder / "text"
     text.mkdir()
@@ -102,8 +104,8 @@ def measure(files: list[Path], folder: Path, rounds: int, copies: int) -> dict[s
 
 
 def ours(text: Path, place: Path, tokenizer: Any) -> Any:
-    from aura.data import prepare  # type: ignore[import-not-found,import-untyped]
-    from estiba.stop import Stop
+    from aura.data.corpus import prepare  # type: ignore[import-not-found,import-untyped]
+    from estiba.platform.stop import Stop
 
     return prepare(
         str(text), tokenizer=tokenizer, folder=place, seq_length=SEQ_LENGTH, validation_split=0.0,
@@ -167,7 +169,7 @@ def theirs_per_s(dataset: Any, workers: int) -> float:
 def report(found: dict[str, Any], results: Path | None) -> int:
     rates, loader = found["mb_per_s"], found["loader_tokens_per_s"]
     print(f"text to packed ids, {found['text_mb']} MB, {WORKERS} processes")
-    for name, label in (("ours", "aura.data.prepare"), ("theirs", "datasets.map + grouping")):
+    for name, label in (("ours", "aura.data.corpus.prepare"), ("theirs", "datasets.map + grouping")):
         print(f"  {label:<26}{rates[name]:>9.2f} MB/s")
     print(f"ids to batches of {BATCH} x {SEQ_LENGTH}")
     for name, rate in loader.items():

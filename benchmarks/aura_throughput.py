@@ -1,3 +1,4 @@
+# environment: torch
 """Tokens a second of aura's training loop against litgpt, Hugging Face's Trainer and a plain nanoGPT-style loop.
 
     python benchmarks/aura_throughput.py                        # a small model on a CPU, a large one on a GPU
@@ -85,22 +86,22 @@ def task_for(device: str, options: argparse.Namespace, folder: Path) -> Task:
 
 
 def ours(task: Task) -> int:
-    """Aura in estiba.loop, as aura.work puts them together. Returns the number of parameters, as all the others do."""
+    """Aura in estiba.training, as aura.train puts them together. Returns the number of parameters, as all others do."""
     import torch
 
-    from aura.data import Windows
-    from aura.model import Aura, Shape
-    from aura.optimizer import make_optimizer
-    from estiba.loop.history import History
-    from estiba.loop.loop import Loop
-    from estiba.loop.schedule import Schedule
-    from estiba.loop.settings import Settings
-    from estiba.loop.work import Work
-    from estiba.stop import Stop
+    from aura.data.windows import Windows
+    from aura.model.decoder import Aura, ModelConfig
+    from aura.model.optimizer import make_optimizer
+    from estiba.platform.stop import Stop
+    from estiba.training.config import TrainerConfig
+    from estiba.training.metrics import MetricsLogger
+    from estiba.training.schedule import Schedule
+    from estiba.training.task import TrainTask
+    from estiba.training.trainer import Trainer
 
-    class Pretraining(Work[torch.Tensor]):
+    class Pretraining(TrainTask[torch.Tensor]):
         def __init__(self) -> None:
-            self.shape = Shape(
+            self.shape = ModelConfig(
                 vocab_size=task.vocab_size, embed_size=task.embed_size, num_layers=task.num_layers,
                 num_heads=task.num_heads, seq_length=task.seq_length, ff_size=task.ff_size,
             )  # fmt: skip
@@ -114,23 +115,30 @@ def ours(task: Task) -> int:
             share = task.batch_size * task.accumulation
             return self.windows.take(step * share, share).split(task.batch_size)
 
-        def count(self, batch: torch.Tensor) -> int:
+        def units_in(self, batch: torch.Tensor) -> int:
             return batch.shape[0] * (batch.shape[1] - 1)
 
         def loss(self, model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
             loss: torch.Tensor = model(batch[:, :-1], batch[:, 1:])
             return loss
 
-        def evaluation(self, model: torch.nn.Module) -> Iterator[Any]:
+        def evaluate(self, model: torch.nn.Module) -> Iterator[Any]:
             del model
             return iter(())
 
     work = Pretraining()
-    settings = Settings(
+    settings = TrainerConfig(
         schedule=Schedule(peak=RATE, steps=task.warm + task.steps), clip=CLIP, compile=task.device == "cuda",
         evaluate_every=None, save_every_s=None, log_every=10,
     )  # fmt: skip
-    loop = Loop(work, settings, checkpoints=None, history=History(None), stop=Stop(), device=torch.device(task.device))
+    loop = Trainer(
+        work,
+        settings,
+        checkpoints=None,
+        metrics_logger=MetricsLogger(None),
+        stop=Stop(),
+        device=torch.device(task.device),
+    )
     loop.resume(None)
     loop.run()
     return sum(p.numel() for p in work.model.parameters())
@@ -386,10 +394,10 @@ def goals_of(results: dict[str, Any], task: Task) -> list[dict[str, Any]]:
         return []
     import torch
 
-    from aura.model import Shape
+    from aura.model.decoder import ModelConfig
     from estiba.gpus import find_device
 
-    shape = Shape(
+    shape = ModelConfig(
         vocab_size=task.vocab_size, embed_size=task.embed_size, num_layers=task.num_layers, num_heads=task.num_heads,
         seq_length=task.seq_length, ff_size=task.ff_size,
     )  # fmt: skip

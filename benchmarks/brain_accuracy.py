@@ -1,12 +1,13 @@
-"""brain-to-text's accuracy ladder: the phoneme error rate with each of its flags, on made-up recordings.
+# environment: torch
+"""brain-to-text's accuracy: the phoneme error rate with each of its options, on synthetic recordings.
 
     make bench/brain_accuracy                                 # a quarter of an hour on two cores
     make bench/brain_accuracy ARGS="--seeds 1 --only baseline,ema"
 
-Needs a Python with brain-to-text's requirements; no network, no image. Every rung trains the same decoder for the same
-steps on the same recordings (`brain-to-text generate`, noisy enough that the baseline errs often) and is judged by its
-best evaluation; means over seeds. `ensemble` averages the outputs of the baseline's decoders of all seeds. Numbers are
-of this made-up task alone: what helps here may not on the study's data, and the other way round.
+Needs a Python with brain-to-text's requirements; no network, no image. Every variant trains the same decoder for the
+same number of steps on the same recordings (`brain-to-text generate`, with so much noise that the baseline often errs).
+Results are the error rates of the best evaluation, averaged over seeds. `ensemble` averages the outputs of the baseline
+decoders of all seeds. The numbers apply to this synthetic task only: on the study's data, other options may help.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ BASE = {
     "num_dataloader_workers": 1, "log_individual_day_val_PER": False, "cache_gb": 0.5,
 }  # fmt: skip
 DIPHONES = {"n_classes": 1681, "num_training_batches": 4 * STEPS, "lr_max": 0.01}
-"""41 times the classes come off their plateau later: four times the steps, with one seed."""
+"""With 41 times as many classes, training leaves its plateau later, so it takes four times the steps, with one seed."""
 COMPOSITE = {"use_composite_loss": True, "composite_loss_alpha": 0.6}
-RUNGS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "baseline": {},
     "one layer for all days": {"day_layers": False},
     "time masks": {"time_masks": 8},
@@ -51,48 +52,50 @@ RUNGS: dict[str, dict[str, Any]] = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", help="rungs, separated by commas")
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps; four times as many for diphones")
+    parser.add_argument("--only", help="variants, separated by commas")
     parser.add_argument("--results", type=Path, help="also write the JSON document here")
     options = parser.parse_args()
-    wanted = options.only.split(",") if options.only else list(RUNGS)
-    if unknown := [name for name in wanted if name not in RUNGS]:
-        print(f"unknown: {', '.join(unknown)}; there are: {', '.join(RUNGS)}", file=sys.stderr)
+    wanted = options.only.split(",") if options.only else list(VARIANTS)
+    if unknown := [name for name in wanted if name not in VARIANTS]:
+        print(f"--only: unknown {', '.join(unknown)}; available: {', '.join(VARIANTS)}", file=sys.stderr)
         return 2
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "shared"), str(ROOT / "images/brain-to-text")])
-    found: dict[str, list[dict[str, float]]] = {}
+    results: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(prefix="brain-accuracy-") as folder:
-        data = {kind: generated(Path(folder) / kind, kind) for kind in ("phoneme", "diphone")}
+        data = {kind: generate(Path(folder) / kind, kind) for kind in ("phoneme", "diphone")}
         for seed in range(options.seeds):
             for name in wanted:
-                changes = {**BASE, **RUNGS[name], "seed": seed}
+                changes = {**BASE, **VARIANTS[name], "seed": seed}
+                changes["num_training_batches"] = changes["num_training_batches"] * options.steps // STEPS
                 if seed and "n_classes" in changes:
                     continue
                 kind = "diphone" if changes.get("n_classes") == 1681 else "phoneme"
                 run = Path(folder) / f"{name}-{seed}"
-                found.setdefault(name, []).append(trained(run, data[kind], changes))
-                print(f"  {name}, seed {seed}: PER {found[name][-1]['per']:.4f}", flush=True)
-        together = [Path(folder) / f"baseline-{seed}" for seed in range(options.seeds)]
-        if "baseline" in wanted and len(together) > 1:
-            found["ensemble"] = [averaged(together, data["phoneme"])]
-    return report(found, options.results)
+                results.setdefault(name, []).append(train(run, data[kind], changes))
+                print(f"  {name}, seed {seed}: PER {results[name][-1]['per']:.4f}", flush=True)
+        baselines = [Path(folder) / f"baseline-{seed}" for seed in range(options.seeds)]
+        if "baseline" in wanted and len(baselines) > 1:
+            results["ensemble"] = [evaluate_average(baselines, data["phoneme"])]
+    return report(results, options.steps, options.results)
 
 
-def generated(folder: Path, labels: str) -> Path:
+def generate(folder: Path, labels: str) -> Path:
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in DATA.items()]
     call("generate", "--out", str(folder), "--labels", labels, *flags)
     return folder
 
 
-def trained(run: Path, data: Path, settings: dict[str, Any]) -> dict[str, float]:
-    """One run, in a process of its own."""
+def train(run: Path, data: Path, settings: dict[str, Any]) -> dict[str, float]:
+    """Train in a new process."""
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    began = time.monotonic()
+    started = time.monotonic()
     call(f"--dataset-dir={data}", *flags, root=run)
     results = json.loads((run / "output/data/results.json").read_text())
-    return {"per": results["best_val_per"], "step": results["best_step"], "seconds": time.monotonic() - began}
+    return {"per": results["best_val_per"], "step": results["best_step"], "seconds": time.monotonic() - started}
 
 
-def averaged(runs: list[Path], data: Path) -> dict[str, float]:
+def evaluate_average(runs: list[Path], data: Path) -> dict[str, float]:
     models = ",".join(str(run / "model") for run in runs)
     output = runs[0] / "ensemble"
     call("evaluate", "--model", models, "--dataset-dir", str(data), "--output-dir", str(output), root=runs[0])
@@ -108,15 +111,15 @@ def call(*arguments: str, root: Path | None = None) -> None:
         raise SystemExit(f"brain_to_text {' '.join(arguments)}:\n{done.stderr[-2000:]}")
 
 
-def report(found: dict[str, list[dict[str, float]]], results: Path | None) -> int:
-    rates = {name: statistics.mean(one["per"] for one in some) for name, some in found.items()}
+def report(results: dict[str, list[dict[str, float]]], steps: int, path: Path | None) -> int:
+    pers = {name: [run["per"] for run in runs] for name, runs in results.items()}
+    rates = {name: statistics.mean(values) for name, values in pers.items()}
     base = rates.get("baseline")
-    spread = {name: [min(one["per"] for one in some), max(one["per"] for one in some)] for name, some in found.items()}
-    print(f"phoneme error rate after {STEPS} steps, {DATA}")
+    print(f"phoneme error rate after {steps} steps, {DATA}")
     for name, rate in rates.items():
-        less, more = spread[name]
-        against = "" if base is None or name == "baseline" else f"   {(rate - base) / base:+.0%}"
-        print(f"  {name:<24}{rate:>8.4f} ({less:.4f} to {more:.4f}){against}")
+        low, high = min(pers[name]), max(pers[name])
+        change = "" if base is None or name == "baseline" else f"   {(rate - base) / base:+.0%}"
+        print(f"  {name:<24}{rate:>8.4f} ({low:.4f} to {high:.4f}){change}")
     goals = []
     if "diphones" in rates and "diphones + phonemes" in rates:
         ratio = rates["diphones + phonemes"] / rates["diphones"]
@@ -126,7 +129,7 @@ def report(found: dict[str, list[dict[str, float]]], results: Path | None) -> in
         goals.append({"name": "PER of the baseline", "value": round(base, 4), "goal": "<=0.5", "met": base <= 0.5})
     if base is not None and "one layer for all days" in rates:
         ratio = rates["one layer for all days"] / base
-        goals.append({"name": "PER without layers of days, times the baseline's", "value": round(ratio, 2),
+        goals.append({"name": "PER without day layers, times the baseline's", "value": round(ratio, 2),
                       "goal": ">=1.1", "met": ratio >= 1.1})  # fmt: skip
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     document = {
@@ -134,11 +137,11 @@ def report(found: dict[str, list[dict[str, float]]], results: Path | None) -> in
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
         "date": date.today().isoformat(),
         "commit": commit.stdout.strip(),
-        "results": {"data": DATA, "steps": STEPS, "per": rates, "runs": found},
+        "results": {"data": DATA, "steps": steps, "per": rates, "runs": results},
         "goals": goals,
     }
-    if results:
-        results.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    if path:
+        path.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
     print(json.dumps(document))
     return 0
 

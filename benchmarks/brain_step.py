@@ -1,16 +1,18 @@
-"""brain-to-text's training step against the reference trainer's own form of it, on the same trials.
+# environment: torch
+"""brain-to-text's training step compared with upstream's, on the same trials.
 
-    python benchmarks/brain_step.py                       # the CPU: a smaller decoder, float32
-    python benchmarks/brain_step.py --rounds 7            # on a machine with a GPU: full sizes, bfloat16
+    python benchmarks/brain_step.py                       # on a CPU: a smaller decoder, float32
+    python benchmarks/brain_step.py --rounds 7            # on a GPU: full sizes, bfloat16
 
-Needs a Python with brain-to-text's requirements; no network, no image, no data. Rounds in turn, medians of the ratios.
+Needs a Python with brain-to-text's requirements; no network, no image, no data. The two alternate; results are medians
+of the ratios of each round.
 
-Theirs is nejm-brain-to-text's rnn_trainer.py with the S3 version of the guide: days' weights looked up one trial at a
-time, the smoothing kernel made anew at every step and repeated for every feature, an optimizer that is not
-fused because it was made before the model came to the device, lengths as tensors on the device, phoneme logits filled
-in slice by slice, and the loss read back at every step. Ours is the workload's: `Decoding.loss` and the loop's update.
-Both take tensors that lie in host memory, draw the same kinds of noise, and make the same gradients of the same model;
-the difference of their losses on one batch without noise is printed.
+"Theirs" is nejm-brain-to-text's rnn_trainer.py with the guide's changes for S3. It looks up the day weights one trial
+at a time, builds the smoothing kernel at every step and repeats it for every feature, has an optimizer that is not
+fused because it was created before the model moved to the device, keeps lengths as tensors on the device, fills in
+phoneme logits slice by slice, and reads the loss back at every step. "Ours" is `DecodingTask.loss` and the trainer's
+update. Both start from tensors in host memory, add the same kinds of noise, and compute the same gradients of the same
+model. The difference between their losses on a batch without noise is printed.
 """
 
 from __future__ import annotations
@@ -41,14 +43,14 @@ DAYS, FEATURES = 8, 512
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="of torch on a CPU; default is its own")
+    parser.add_argument("--threads", type=int, help="torch threads on a CPU; default is torch's own number")
     parser.add_argument("--compile", action="store_true", help="torch.compile ours and theirs")
     parser.add_argument("--results", type=Path, help="also write the JSON document here")
     options = parser.parse_args()
     try:
         import torch
 
-        import brain_to_text.work  # type: ignore[import-not-found,import-untyped]  # noqa: F401
+        import brain_to_text.task  # type: ignore[import-not-found,import-untyped]  # noqa: F401
     except ModuleNotFoundError as error:
         print(f"needs {error.name}: pip install -r images/brain-to-text/requirements.txt torch", file=sys.stderr)
         return 2
@@ -56,36 +58,36 @@ def main() -> int:
         torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes = FULL if device.type == "cuda" else SMALL
-    found = {
+    results = {
         name: measure(device, sizes, n_classes=n_classes, rounds=options.rounds, compiled=options.compile)
         for name, n_classes in (("phonemes", 41), ("diphones", 1681))
     }
-    return report({"sizes": sizes, "device": _name(device), **found}, options.results)
+    return report({"sizes": sizes, "device": _name(device), **results}, options.results)
 
 
 @dataclass
 class Case:
-    """One model, in both forms, and the batches that they take in turn."""
+    """A model in both implementations, and the batches that they alternate on."""
 
     device: Any
-    work: Any
+    task: Any
     theirs: Theirs
     batches: list[Any]
 
 
 class Theirs:
-    """The reference trainer's step, in its own form."""
+    """Upstream's training step."""
 
-    def __init__(self, work: Any, device: Any, *, compiled: bool) -> None:
+    def __init__(self, task: Any, device: Any, *, compiled: bool) -> None:
         import copy
 
         import torch
 
-        self.torch, self.device, self.work = torch, device, work
-        self.model = copy.deepcopy(work.decoder)
+        self.torch, self.device, self.task = torch, device, task
+        self.model = copy.deepcopy(task.decoder)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.005, eps=0.1, weight_decay=0.001, fused=False)
         self.ctc = torch.nn.CTCLoss(blank=0, reduction="none", zero_infinity=False)
-        self.is_diphones = work.config.n_classes == 1681
+        self.is_diphones = task.config.n_classes == 1681
         self.losses: list[float] = []
         self.decode = torch.compile(self._decode) if compiled else self._decode
         self.dtype = torch.bfloat16 if device.type == "cuda" else None
@@ -124,14 +126,14 @@ class Theirs:
         phonemes = torch.zeros((*logits.shape[:2], 41), device=device, dtype=logits.dtype)
         for number in range(41):
             phonemes[:, :, number] = torch.logsumexp(logits[:, :, list(range(number, 1681, 41))], dim=-1)
-        spelt, spelt_lengths = batch.phoneme_labels.to(device), batch.phoneme_lengths.to(device)
-        return 0.5 * self._ctc(phonemes, spelt, frames, spelt_lengths) + 0.5 * loss
+        labels, lengths = batch.phoneme_labels.to(device), batch.phoneme_lengths.to(device)
+        return 0.5 * self._ctc(phonemes, labels, frames, lengths) + 0.5 * loss
 
     def _ctc(self, logits: Any, labels: Any, frames: Any, lengths: Any) -> Any:
         return self.ctc(logits.log_softmax(2).permute(1, 0, 2), labels, frames, lengths).mean()
 
     def _smoothed(self, features: Any) -> Any:
-        from brain_to_text.augment import smoothing_kernel  # type: ignore[import-not-found,import-untyped]
+        from brain_to_text.data.augment import smoothing_kernel  # type: ignore[import-not-found,import-untyped]
 
         torch, width = self.torch, features.shape[2]
         kernel = torch.tensor(smoothing_kernel(2.0, 100), dtype=torch.float32, device=self.device)
@@ -152,7 +154,7 @@ class Theirs:
 
 
 def measure(device: Any, sizes: dict[str, int], *, n_classes: int, rounds: int, compiled: bool) -> dict[str, Any]:
-    """Seconds of a step in both forms, and of the parts that differ."""
+    """Time a step of both implementations, and the parts that differ."""
     import torch
 
     case = make_case(device, sizes, n_classes, compiled=compiled)
@@ -166,20 +168,18 @@ def measure(device: Any, sizes: dict[str, int], *, n_classes: int, rounds: int, 
         order: list[tuple[str, Callable[[Any], None]]] = [("ours", ours), ("theirs", case.theirs.step)]
         for name, step in order if turn % 2 else order[::-1]:
             _wait(device)
-            began = time.perf_counter()
+            started = time.perf_counter()
             for batch in case.batches:
                 step(batch)
             _wait(device)
-            times[name].append((time.perf_counter() - began) / len(case.batches))
-    ratio = statistics.median(b / a for a, b in zip(times["ours"], times["theirs"], strict=True))
+            times[name].append((time.perf_counter() - started) / len(case.batches))
+    ratios = [theirs_s / ours_s for ours_s, theirs_s in zip(times["ours"], times["theirs"], strict=True)]
     parts = measure_parts(case)
     memory = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
     return {
-        "step_ms": {name: round(1000 * statistics.median(some), 2) for name, some in times.items()},
-        "ratio": round(ratio, 3),
-        "ratio_worst_best": [
-            round(f(b / a for a, b in zip(times["ours"], times["theirs"], strict=True)), 3) for f in (min, max)
-        ],
+        "step_ms": {name: round(1000 * statistics.median(seconds), 2) for name, seconds in times.items()},
+        "ratio": round(statistics.median(ratios), 3),
+        "ratio_worst_best": [round(min(ratios), 3), round(max(ratios), 3)],
         "parts_ms": parts,
         "loss_difference": difference,
         "gpu_memory_gb": memory,
@@ -187,17 +187,17 @@ def measure(device: Any, sizes: dict[str, int], *, n_classes: int, rounds: int, 
 
 
 def measure_parts(case: Case) -> dict[str, dict[str, float]]:
-    """Best milliseconds of what differs most: smoothing, and the loss with its gradient of given logits."""
+    """Return the best milliseconds of the parts that differ most: smoothing, and the loss with its gradient."""
     import torch
 
-    from brain_to_text.augment import smooth  # type: ignore[import-not-found,import-untyped]
-    from estiba.loop.ahead import to_device
+    from brain_to_text.data.augment import smooth  # type: ignore[import-not-found,import-untyped]
+    from estiba.training.prefetch import to_device
 
-    work, batch = case.work, case.batches[0]
-    (micro,) = work._prepare(batch, step=1500, is_training=True)
+    task, batch = case.task, case.batches[0]
+    (micro,) = task.micro_batcher(batch, step=1500, is_training=True)
     moved = to_device(micro, case.device)
-    kernel = work.augment.kernel
-    shape = (len(micro.frames), max(micro.frames), work.config.n_classes)
+    kernel = task.augment.kernel
+    shape = (len(micro.frames), max(micro.frames), task.config.n_classes)
     logits = torch.randn(shape, device=case.device, requires_grad=True)
 
     def gradient(loss: Callable[[], Any]) -> Callable[[], None]:
@@ -211,10 +211,10 @@ def measure_parts(case: Case) -> dict[str, dict[str, float]]:
         times = []
         for _ in range(4):
             _wait(case.device)
-            began = time.perf_counter()
+            started = time.perf_counter()
             run()
             _wait(case.device)
-            times.append(time.perf_counter() - began)
+            times.append(time.perf_counter() - started)
         return round(1000 * min(times), 2)
 
     return {
@@ -223,18 +223,18 @@ def measure_parts(case: Case) -> dict[str, dict[str, float]]:
             "theirs": best_ms(lambda: case.theirs._smoothed(moved.features)),
         },
         "loss": {
-            "ours": best_ms(gradient(lambda: work.criterion(logits, moved))),
+            "ours": best_ms(gradient(lambda: task.criterion(logits, moved))),
             "theirs": best_ms(gradient(lambda: case.theirs.loss_of(logits, batch))),
         },
     }
 
 
 def make_case(device: Any, sizes: dict[str, int], n_classes: int, *, compiled: bool) -> Case:
-    """A model, and batches of different lengths whose labels fit."""
+    """Build a model, and batches of different lengths whose labels fit."""
     import torch
 
     from brain_to_text.config import BrainConfig  # type: ignore[import-not-found,import-untyped]
-    from brain_to_text.work import Decoding  # type: ignore[import-not-found,import-untyped]
+    from brain_to_text.task import DecodingTask  # type: ignore[import-not-found,import-untyped]
 
     config = BrainConfig(
         n_units=sizes["n_units"],
@@ -265,61 +265,63 @@ def make_case(device: Any, sizes: dict[str, int], n_classes: int, *, compiled: b
             day=draw(0, DAYS, size // 4).repeat_interleave(4),
             phoneme_labels=phonemes if n_classes == 1681 else None,
             phoneme_lengths=lengths,
-            trial=[f"made up {row}" for row in range(size)],
+            trial=[f"synthetic {row}" for row in range(size)],
             sentences=[None] * size,
         )
 
     batches = [batch() for _ in range(sizes["steps"])]
     sessions = [f"day {number}" for number in range(DAYS)]
-    trials = SimpleNamespace(n_trials=1, sessions=sessions, identity="made up", batch=batches.__getitem__)
-    work = Decoding(config, trials, None, device)  # type: ignore[arg-type]
-    return Case(device=device, work=work, theirs=Theirs(work, device, compiled=compiled), batches=batches)
+    trials = SimpleNamespace(n_trials=1, sessions=sessions, identity="synthetic", batch=batches.__getitem__)
+    task = DecodingTask(config, trials, None, device)  # type: ignore[arg-type]
+    return Case(device=device, task=task, theirs=Theirs(task, device, compiled=compiled), batches=batches)
 
 
 def our_step(case: Case) -> Callable[[Any], None]:
-    """The loop's own step without its log: prepared on the host, moved, computed, clipped, stepped."""
-    from brain_to_text.choices import settings_of  # type: ignore[import-not-found,import-untyped]
-    from estiba.loop.ahead import to_device
-    from estiba.loop.history import History
-    from estiba.loop.loop import Loop
-    from estiba.loop.settings import Settings
-    from estiba.stop import Stop
+    """Return the trainer's step without its log: prepare on the host, move, compute, clip, update."""
+    from brain_to_text.resolve import trainer_config  # type: ignore[import-not-found,import-untyped]
+    from estiba.platform.stop import Stop
+    from estiba.training.config import TrainerConfig
+    from estiba.training.metrics import MetricsLogger
+    from estiba.training.prefetch import to_device
+    from estiba.training.trainer import Trainer
 
-    work = case.work
-    settings: Settings = settings_of(work.config)
-    loop = Loop(work, settings, checkpoints=None, history=History(None), stop=Stop(), device=case.device)
+    task = case.task
+    settings: TrainerConfig = trainer_config(task.config)
+    trainer = Trainer(
+        task, settings, checkpoints=None, metrics_logger=MetricsLogger(None), stop=Stop(), device=case.device
+    )
 
     def step(batch: Any) -> None:
-        (micro,) = work._prepare(batch, step=1500, is_training=True)
-        for group in work.optimizer.param_groups:
+        (micro,) = task.micro_batcher(batch, step=1500, is_training=True)
+        for group in task.optimizer.param_groups:
             group["lr"] = 0.005
-        work.decoder.train()
-        with loop.mixed.forward():
-            loss = work.loss(work.decoder, to_device(micro, case.device))
+        task.decoder.train()
+        with trainer.amp.forward():
+            loss = task.loss(task.decoder, to_device(micro, case.device))
         (loss / len(micro.frames)).backward()
-        loop._update()
+        trainer._update()
 
     return step
 
 
 def check_same(case: Case) -> float:
-    """The relative difference of the two losses of one batch, without noise and dropout, before any step."""
+    """Return the relative difference of the two losses of a batch, without noise and dropout, before any step."""
     import torch
 
-    from estiba.loop.ahead import to_device
+    from estiba.training.prefetch import to_device
 
-    work, batch = case.work, case.batches[0]
+    task, batch = case.task, case.batches[0]
     case.theirs.model.eval()
-    work.decoder.eval()
+    task.decoder.eval()
     with torch.no_grad():
         theirs = float(case.theirs.loss(batch, noisy=False))
-        (micro,) = work._prepare(batch, step=1500, is_training=True)
+        (micro,) = task.micro_batcher(batch, step=1500, is_training=True)
         moved = to_device(micro, case.device)
-        features = work.augment.eval()(moved.features, moved.n_bins)
-        ours = float(work.criterion(work.decoder(features, moved.days, moved.day_index), moved)) / len(micro.frames)
+        features = task.augment.eval()(moved.features, moved.n_bins)
+        ours = float(task.criterion(task.decoder(features, moved.days, moved.day_index), moved)) / len(micro.frames)
     difference = abs(ours - theirs) / abs(theirs)
     if difference > 1e-4:
-        raise SystemExit(f"the two forms do not compute the same: {ours} and {theirs}")
+        raise SystemExit(f"the two implementations compute different losses: {ours} and {theirs}")
     return difference
 
 
@@ -336,36 +338,36 @@ def _name(device: Any) -> str:
     return torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
-def report(found: dict[str, Any], results: Path | None) -> int:
-    print(f"a training step on {found['device']}, {found['sizes']}")
+def report(results: dict[str, Any], path: Path | None) -> int:
+    print(f"a training step on {results['device']}, {results['sizes']}")
     for name in ("phonemes", "diphones"):
-        times = found[name]["step_ms"]
+        times = results[name]["step_ms"]
         print(
             f"  {name:<10} ours {times['ours']:>9.1f} ms   theirs {times['theirs']:>9.1f} ms   "
-            f"{found[name]['ratio']:.2f} x"
+            f"{results[name]['ratio']:.2f} x"
         )
-        for part, some in found[name]["parts_ms"].items():
-            print(f"    {part:<10} {some['ours']:>9.1f} ms   {some['theirs']:>16.1f} ms")
+        for part, times_ms in results[name]["parts_ms"].items():
+            print(f"    {part:<10} {times_ms['ours']:>9.1f} ms   {times_ms['theirs']:>16.1f} ms")
     goals = [
-        {"name": f"{name}: steps/s, times the reference's form", "value": found[name]["ratio"], "goal": ">=1.0",
-         "met": found[name]["ratio"] >= 1.0}
+        {"name": f"{name}: steps/s, times upstream's", "value": results[name]["ratio"], "goal": ">=1.0",
+         "met": results[name]["ratio"] >= 1.0}
         for name in ("phonemes", "diphones")
     ]  # fmt: skip
-    parts = found["diphones"]["parts_ms"]["loss"]
-    share = round(parts["theirs"] / parts["ours"], 2)
-    goals.append({"name": "diphones: loss and its gradient, times faster", "value": share, "goal": ">=2.5",
-                  "met": share >= 2.5})  # fmt: skip
+    parts = results["diphones"]["parts_ms"]["loss"]
+    ratio = round(parts["theirs"] / parts["ours"], 2)
+    goals.append({"name": "diphones: loss and its gradient, times faster", "value": ratio, "goal": ">=2.5",
+                  "met": ratio >= 2.5})  # fmt: skip
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     document = {
         "benchmark": "brain_step",
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
         "date": date.today().isoformat(),
         "commit": commit.stdout.strip(),
-        "results": found,
+        "results": results,
         "goals": goals,
     }
-    if results:
-        results.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    if path:
+        path.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
     print(json.dumps(document))
     return 0
 

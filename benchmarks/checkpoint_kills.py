@@ -1,3 +1,4 @@
+# environment: torch
 """Kill a trainer at a thousand random moments, and damage checkpoints: does anything get lost, is anything believed?
 
     python benchmarks/checkpoint_kills.py                      # 1,000 kills, some ten minutes on two cores
@@ -9,7 +10,7 @@ Kills: a process saves states as fast as it can and is killed with SIGKILL, in r
 and deletions (tests/tensors/kills.py). After each kill a restore must give exactly the bits of the newest step that was
 acknowledged as durable, or of a later one. SIGKILL leaves the page cache in place: power cuts are not rehearsed here.
 Damage: single bits turned over and pages of zeros, at random places. Ours: ten in each file of a checkpoint; caught
-means that the checkpoint before it came back, exact, and the bad one was set aside. The peers get the same kinds of
+means that the checkpoint before it came back, exact, and the bad one was quarantined. The peers get the same kinds of
 damage at places spread over all their bytes, and are read as their documentation says; silent means that they gave
 other numbers without a word.
 """
@@ -124,10 +125,10 @@ def damaged(path: Path, kind: str, offset: int) -> Iterator[None]:
 
 
 def damage_ours(folder: Path, count: int, seed: int) -> dict[str, Any]:
-    from estiba.checkpoint.saver import Checkpoints
+    from estiba.checkpoint.manager import CheckpointManager
     from tensors.states import files_of, is_same, state_of
 
-    checkpoints = Checkpoints(folder)
+    checkpoints = CheckpointManager(folder)
     for step in (2, 3):
         checkpoints.save(step, state_of(step, width=WIDTH, layers=LAYERS), wait=True)
     checkpoints.close()
@@ -139,7 +140,7 @@ def damage_ours(folder: Path, count: int, seed: int) -> dict[str, Any]:
         kind = ("bit", "page")[index // 4 % 2]
         offset = chance.randrange((newest / name).stat().st_size)
         with damaged(newest / name, kind, offset), contextlib.redirect_stderr(open(os.devnull, "w")):
-            again = Checkpoints(folder)
+            again = CheckpointManager(folder)
             found = again.restore()
             again.close()
             is_caught = (
@@ -188,10 +189,11 @@ def damage_peer(folder: Path, load: Callable[[], dict[str, Any]], count: int, se
 
 
 def _flat() -> dict[str, Any]:
-    from estiba.checkpoint import tree
+    from estiba.checkpoint import tree_spec
     from tensors.states import state_of
 
-    return {name: tensor.clone() for name, tensor in tree.flatten(state_of(3, width=WIDTH, layers=LAYERS))[0].items()}
+    tensors, _ = tree_spec.flatten(state_of(3, width=WIDTH, layers=LAYERS))
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def torch_save(folder: Path) -> Callable[[], dict[str, Any]]:

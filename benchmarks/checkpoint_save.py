@@ -1,3 +1,4 @@
+# environment: torch
 """Saving and loading one training state of 1.3 GB: ours against torch.save, safetensors and torch's distributed one.
 
     python benchmarks/checkpoint_save.py                        # five rounds, some minutes on a quiet machine
@@ -81,7 +82,7 @@ class Method(ABC):
         """Wait for what goes on after a save."""
         return None  # noqa: RET501 - nothing does
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Forget what was saved."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
@@ -92,18 +93,18 @@ class Method(ABC):
 
 class Ours(Method):
     def __init__(self, folder: Path, state: dict[str, Any]) -> None:
-        from estiba.checkpoint.saver import Checkpoints
+        from estiba.checkpoint.manager import CheckpointManager
 
         super().__init__(folder, state)
-        self.checkpoints = Checkpoints(folder)
+        self.checkpoints = CheckpointManager(folder)
         self.step = 0
         self.checkpoints.reserve(state)  # the loop does so after the first step
-        self.checkpoints._arena.wait_until_populated()
+        self.checkpoints._buffer.wait_until_populated()
 
     def save(self) -> Callable[[], object]:
         self.step += 1
         self.checkpoints.save(self.step, self.state)
-        return self.checkpoints.settle
+        return self.checkpoints.wait
 
     def load(self) -> dict[str, Any]:
         found = self.checkpoints.restore(self._newest())
@@ -117,14 +118,14 @@ class Ours(Method):
         """Wait until the read-back is over: the writer does nothing any more."""
         import psutil
 
-        assert self.checkpoints._process is not None
-        writer = psutil.Process(self.checkpoints._process.pid)
+        assert self.checkpoints._writer is not None
+        writer = psutil.Process(self.checkpoints._writer.pid)
         before = None
         while before != (now := writer.cpu_times()[:2]):
             before = now
             time.sleep(1.0)
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         shutil.rmtree(self._newest(), ignore_errors=True)
 
     def close(self) -> None:
@@ -150,10 +151,10 @@ class Safetensors(Method):
     """Tensors alone; its format has no place for the rest of a state."""
 
     def __init__(self, folder: Path, state: dict[str, Any]) -> None:
-        from estiba.checkpoint import tree
+        from estiba.checkpoint import tree_spec
 
         super().__init__(folder, state)
-        self.flat, self.skeleton = tree.flatten(state)
+        self.flat, self.skeleton = tree_spec.flatten(state)
 
     def save(self) -> Callable[[], object]:
         from safetensors.torch import save_file
@@ -165,9 +166,9 @@ class Safetensors(Method):
     def load(self) -> dict[str, Any]:
         from safetensors.torch import load_file
 
-        from estiba.checkpoint import tree
+        from estiba.checkpoint import tree_spec
 
-        return dict(tree.restore(self.skeleton, load_file(self.folder / "state.safetensors").__getitem__))
+        return dict(tree_spec.unflatten(self.skeleton, load_file(self.folder / "state.safetensors").__getitem__))
 
 
 class Dcp(Method):
@@ -311,7 +312,7 @@ def once(method: Method, state: dict[str, Any], *, check: bool) -> dict[str, flo
     del loaded
     if isinstance(method, Dcp):
         method.target = {}
-    method.settle()
+    method.wait()
     return {"blocking_s": blocking, "durable_s": durable, "load_s": load}
 
 

@@ -1,3 +1,5 @@
+# environment: host
+# needs: embed-test
 """Kill an embed job at random moments and restart it: is anything lost, is anything done twice?
 
     make bench/embed_kills                       # in the test image, 20 kills, both ways

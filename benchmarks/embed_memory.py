@@ -1,3 +1,5 @@
+# environment: host
+# needs: embed
 """Embed a 2 GB parquet file in a container that may use 1.5 GB: does memory grow with the file?
 
     make bench/embed_memory

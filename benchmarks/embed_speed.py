@@ -1,3 +1,5 @@
+# environment: host
+# needs: embed demo
 """The encoder against `SentenceTransformer.encode` in float32: the same vectors, and how much sooner.
 
     make bench/embed_speed              # after `make demo`, whose passages and model it uses
@@ -26,11 +28,12 @@ import json, statistics, sys, time
 from pathlib import Path
 import numpy as np, pyarrow.parquet as pq
 from sentence_transformers import SentenceTransformer
-from embed.model import Encoder, EncoderConfig
+from embed.config import EmbedConfig
+from embed.model import Encoder
 rows, rounds = {rows}, {rounds}
 texts = [t for f in sorted(Path("/input").rglob("*.parquet")) for t in pq.read_table(f)["texto"].to_pylist() if t]
 texts = texts[:: max(1, len(texts) // rows)][:rows]
-encoder = Encoder(EncoderConfig(model="/model", device="cpu"))
+encoder = Encoder(EmbedConfig(model="/model", device="cpu"))
 theirs = SentenceTransformer("/model", device="cpu")
 def ours():
     parts = [encoder.encode(encoder.tokenize(texts[i : i + 512])) for i in range(0, len(texts), 512)]

@@ -3,9 +3,9 @@
     python demo/aura_corpus.py                             # into runs/aura/input, about 12 MB in 8 .txt files
     python demo/aura_corpus.py --out DIR --cache DIR
 
-Running text: a paragraph a line, a blank line between documents (chapters). Fetched through the machine's own apt at
-run time, never part of this repository; done again only where the files are not as they were left. The same packages
-give the same bytes.
+Running text: one paragraph per line, a blank line between documents (chapters). The text is fetched at run time through
+the machine's own apt and is never part of this repository. It is made again only if the files changed. The same
+packages give the same bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BIBLE = "sword-text-sparv"
 
 
 def chapters(package: Package) -> Iterator[str]:
-    """The text of a SWORD module, compressed by book (zText, OSIS markup): a verse a line, chapter by chapter."""
+    """The text of a SWORD module, compressed by book (zText, OSIS markup): one verse per line, chapter by chapter."""
     for testament in ("ot", "nt"):
         for index in sorted(package.root.rglob(f"{testament}.bzs")):
             packed = index.with_suffix(".bzz").read_bytes()
@@ -57,7 +57,7 @@ def _plain(markup: str) -> str:
 
 
 def make(out: Path, cache: Path) -> dict[str, int]:
-    """The corpus in `out`. Returns the sizes of its files; raises PackageError or CorpusError."""
+    """Make the corpus in `out`. Returns the sizes of its files. Raises PackageError or CorpusError."""
     stamp = out.with_name(f"{out.name}.json")
     key = hashlib.sha256(Path(__file__).read_bytes() + corpus._key("text", None).encode()).hexdigest()
     if (sizes := _existing(out, stamp, key)) is not None:
@@ -80,23 +80,26 @@ def make(out: Path, cache: Path) -> dict[str, int]:
 
 def _existing(out: Path, stamp: Path, key: str) -> dict[str, int] | None:
     try:
-        kept = json.loads(stamp.read_text(encoding="utf-8"))
+        recorded = json.loads(stamp.read_text(encoding="utf-8"))
         sizes = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
     except (OSError, ValueError):
         return None
-    return sizes if kept.get("key") == key and kept.get("files") == sizes else None
+    return sizes if recorded.get("key") == key and recorded.get("files") == sizes else None
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; exit status 0, or 1 with the reason on standard error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/aura/input"), help="directory to make; replaced")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/aura/input"), help="directory to make; replaced if it exists"
+    )
     parser.add_argument("--cache", type=Path, default=Path("runs/demo/.cache"), help="where packages are kept")
     options = parser.parse_args(arguments)
     out: Path = options.out
-    if out.is_dir() and (strangers := [path.name for path in out.iterdir() if path.suffix != ".txt"]):
+    if out.is_dir() and (others := [path.name for path in out.iterdir() if path.suffix != ".txt"]):
         print(
-            f"aura_corpus: {out} holds {strangers[0]!r}, which is no corpus; name another with --out", file=sys.stderr
+            f"aura_corpus: {out} holds {others[0]!r}, so it is not a corpus; choose another directory with --out",
+            file=sys.stderr,
         )
         return 1
     out.parent.mkdir(parents=True, exist_ok=True)

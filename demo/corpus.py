@@ -4,8 +4,8 @@
     python demo/corpus.py --out runs/corpus --full               # every passage
     python demo/corpus.py --out runs/text --format text          # every document, for training a language model
 
-The text is fetched at run time through the machine's own apt and is never part of this repository; packages and
-licences are named in each file's schema metadata. The same packages give the same bytes.
+The text is fetched at run time through the machine's own apt and is never part of this repository. Each file's schema
+metadata names its package and licence. The same packages give the same bytes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HERE = Path(__file__).resolve().parent
 
 
 class CorpusError(Exception):
-    """The corpus cannot be made where it was asked for; the message says what to do."""
+    """The corpus cannot be made in this directory; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Source:
     pattern: str
     """Files to read, below the package's root."""
     share: float
-    """Part of the demo's rows."""
+    """Fraction of the demo's rows."""
 
 
 SOURCES = (
@@ -58,7 +58,7 @@ SOURCES = (
         0.12,
     ),
     Source("debian-reference-es", "GPL-2.0-or-later", "usr/share/debian-reference/*.es.html", 0.05),
-    # games/fortunes/es/off holds the offensive ones and is not read.
+    # games/fortunes/es/off, the offensive ones, is not read.
     Source("fortunes-es", "GPL-2.0-or-later", "usr/share/games/fortunes/es/*.fortunes", 0.05),
 )
 
@@ -79,10 +79,10 @@ QUESTIONS = (
     "¿Cómo instalo un paquete en Debian?",
     "¿Para qué sirve la libertad?",
 )
-"""Embedded by the demo with everything else, so that it can show what lies nearest to them."""
+"""Embedded by the demo with all other rows, so that it can show the nearest passages."""
 
-TARGET_CHARS, MOST_CHARS, FEWEST_CHARS = 290, 620, 40
-"""A passage is closed once it has the target; a longer paragraph is cut at sentence ends; shorter ones are dropped."""
+TARGET_CHARS, MAX_CHARS, MIN_CHARS = 290, 620, 40
+"""A passage ends once it reaches the target. Longer paragraphs are cut at sentence ends, shorter ones are dropped."""
 BLANK_ROWS = 3
 ROWS_PER_FILE = 950
 
@@ -98,7 +98,7 @@ _ENGLISH = frozenset(
 
 
 def is_spanish(text: str) -> bool:
-    """Whether function words say Spanish; text too short to tell counts as Spanish unless English words lead."""
+    """Whether Spanish function words outnumber English ones. Text of fewer than 12 words is Spanish on a tie."""
     words = re.findall(r"[a-záéíóúüñ]+", text.lower())
     spanish, english = sum(word in _SPANISH for word in words), sum(word in _ENGLISH for word in words)
     return spanish > english if len(words) >= 12 else spanish >= english
@@ -117,15 +117,15 @@ def read_documents(source: Source, package: Package) -> Iterator[Document]:
 
 
 def clean(documents: Iterable[Document], seen: set[bytes]) -> Iterator[Document]:
-    """Leave out paragraphs in other languages and those of 40 characters or more that were seen before.
+    """Leave out paragraphs in other languages, and repeated ones of 40 characters or more.
 
-    A document that had no text at all is kept, empty; one that loses all its text is dropped.
+    An empty document is kept; one that loses all its text is dropped.
     """
     for document in documents:
         kept = []
         for block in document.blocks:
             digest = hashlib.sha256(" ".join(block.text.casefold().split()).encode()).digest()[:16]
-            if is_spanish(block.text) and (len(block.text) < FEWEST_CHARS or digest not in seen):
+            if is_spanish(block.text) and (len(block.text) < MIN_CHARS or digest not in seen):
                 kept.append(block)
             seen.add(digest)
         if kept or not document.blocks:
@@ -138,7 +138,7 @@ def passages(document: Document) -> Iterator[Block]:
     for block in document.blocks:
         for piece in _cut(block.text):
             new_topic = block.heading != heading and len(pieces) >= TARGET_CHARS // 3
-            if pieces and (new_topic or len(pieces) + 1 + len(piece) > MOST_CHARS):
+            if pieces and (new_topic or len(pieces) + 1 + len(piece) > MAX_CHARS):
                 yield Block(heading, pieces)
                 pieces = ""
             if not pieces:
@@ -152,10 +152,10 @@ def passages(document: Document) -> Iterator[Block]:
 
 
 def _cut(text: str) -> Iterator[str]:
-    """Cut at sentence ends into pieces of at most MOST_CHARS; a single longer sentence is left whole."""
+    """Cut at sentence ends into pieces of at most MAX_CHARS; a single longer sentence is left whole."""
     pieces = ""
     for sentence in re.split(r"(?<=[.!?:;])\s+(?=[¿¡«“\"(]?[A-ZÁÉÍÓÚÑ])", text):
-        if pieces and len(pieces) + 1 + len(sentence) > MOST_CHARS:
+        if pieces and len(pieces) + 1 + len(sentence) > MAX_CHARS:
             yield pieces
             pieces = ""
         pieces = f"{pieces} {sentence}" if pieces else sentence
@@ -171,7 +171,7 @@ def rows_of(package: str, documents: Iterable[Document]) -> Iterator[dict[str, s
             yield _row(package, document, 0, document.title, None)
         for number, passage in enumerate(passages(document)):
             text = passage.text
-            if text not in seen and (len(text) >= FEWEST_CHARS or package.startswith("fortunes")):
+            if text not in seen and (len(text) >= MIN_CHARS or package.startswith("fortunes")):
                 seen.add(text)
                 yield _row(package, document, number, passage.heading, text)
 
@@ -236,8 +236,8 @@ def write_parquet(rows: list[dict[str, Any]], out: Path, packages: list[Package]
 def write_questions(out: Path) -> Path:
     """Write the demo's own questions as one more input file."""
     path = out / "questions.parquet"
-    asked = Document("questions", "")
-    rows = [_row("questions", asked, number, "", text) for number, text in enumerate(QUESTIONS)]
+    document = Document("questions", "")
+    rows = [_row("questions", document, number, "", text) for number, text in enumerate(QUESTIONS)]
     schema = SCHEMA.with_metadata({"source": "demo/corpus.py", "licence": "this repository's", "language": "es"})
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd")
     return path
@@ -253,16 +253,16 @@ def write_text(documents: dict[str, list[Document]], out: Path) -> Iterator[Path
 
 
 def make(out: Path, cache: Path, *, form: str, rows: int | None) -> dict[str, Any]:
-    """Make the corpus in `out`, whole or not at all; returns its summary, which is also kept beside it.
+    """Make the corpus in `out`, whole or not at all. Returns its summary, which is also written beside it.
 
-    `rows` None writes every passage. Raises PackageError when the packages cannot be had, and CorpusError when `out`
+    `rows` None writes every passage. Raises PackageError if the packages cannot be fetched, and CorpusError if `out`
     holds anything that is not parquet or text.
     """
-    if out.is_dir() and (strangers := [path.name for path in out.iterdir() if path.suffix not in (".parquet", ".txt")]):
-        raise CorpusError(f"{out} holds {strangers[0]!r}, which is no corpus; name a new directory with --out")
-    beside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    if out.is_dir() and (others := [path.name for path in out.iterdir() if path.suffix not in (".parquet", ".txt")]):
+        raise CorpusError(f"{out} holds {others[0]!r}, so it is not a corpus; choose a new directory with --out")
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     packages = get_packages([source.package for source in SOURCES], cache)
     by_name = {package.name: package for package in packages}
     seen: set[bytes] = set()
@@ -273,16 +273,16 @@ def make(out: Path, cache: Path, *, form: str, rows: int | None) -> dict[str, An
     }
     table: list[dict[str, Any]] = []
     if form == "text":
-        files = list(write_text(documents, beside))
+        files = list(write_text(documents, partial))
     else:
         shares = {source.package: source.share for source in SOURCES if source.package in by_name}
         for package, own in documents.items():
             all_rows = list(rows_of(package, own))
-            wanted = None if rows is None else round(rows * shares[package] / sum(shares.values()))
-            table += all_rows if wanted is None else choose(all_rows, wanted)
-        files = list(write_parquet(table, beside, packages))
+            count = None if rows is None else round(rows * shares[package] / sum(shares.values()))
+            table += all_rows if count is None else choose(all_rows, count)
+        files = list(write_parquet(table, partial, packages))
         if rows is not None:
-            files.append(write_questions(beside))
+            files.append(write_questions(partial))
     summary = {
         "key": _key(form, rows),
         "files": {path.name: path.stat().st_size for path in files},
@@ -295,7 +295,7 @@ def make(out: Path, cache: Path, *, form: str, rows: int | None) -> dict[str, An
         "missing_packages": [source.package for source in SOURCES if source.package not in by_name],
     }  # fmt: skip
     shutil.rmtree(out, ignore_errors=True)
-    beside.replace(out)
+    partial.replace(out)
     _summary_path(out).write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return summary
 
@@ -315,7 +315,7 @@ def _summary_path(out: Path) -> Path:
 
 
 def _key(form: str, rows: int | None) -> str:
-    """Digest of the options and of this code: a change in either makes the corpus anew."""
+    """Digest of the options and of this code: a change of either makes the corpus again."""
     code = b"".join((HERE / name).read_bytes() for name in ("corpus.py", "packages.py", "prose.py"))
     return hashlib.sha256(code + json.dumps([form, rows, pa.__version__]).encode()).hexdigest()
 
@@ -330,23 +330,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, default=Path("runs/demo/.cache"), help="where packages are kept")
     options = parser.parse_args(arguments)
     if options.rows < 1:
-        parser.error(f"--rows is {options.rows}; give 1 or more, or --full")
+        parser.error(f"--rows is {options.rows}; pass 1 or more, or --full")
     rows = None if options.full or options.format == "text" else options.rows
     started = time.monotonic()
     summary = existing(options.out, form=options.format, rows=rows)
-    made = "already there"
+    how = "already there"
     try:
         if summary is None:
             summary = make(options.out, options.cache, form=options.format, rows=rows)
-            made = f"made in {time.monotonic() - started:.0f} s"
+            how = f"made in {time.monotonic() - started:.0f} s"
     except (PackageError, CorpusError) as error:
         print(f"corpus: {error}", file=sys.stderr)
         return 1
     size_mb = sum(summary["files"].values()) / 1e6
     count = f"{summary['rows']:,} passages" if summary["rows"] else f"{summary['documents']:,} documents"
-    print(f"corpus: {count} in {len(summary['files'])} files ({size_mb:.1f} MB) in {options.out}, {made}")
+    print(f"corpus: {count} in {len(summary['files'])} files ({size_mb:.1f} MB) in {options.out}, {how}")
     for name in summary["missing_packages"]:
-        print(f"corpus: this suite has no package {name}; the corpus goes without it")
+        print(f"corpus: this machine's suite has no package {name}; the corpus is made without it")
     return 0
 
 

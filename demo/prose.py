@@ -1,7 +1,7 @@
-"""Paragraphs of prose out of documentation files: HTML (lxml), man pages (troff) and fortune files.
+"""Paragraphs of prose from documentation files: HTML (lxml), man pages (troff) and fortune files.
 
-Every reader gives `Document`s with blocks in reading order; menus, tables of contents, listings and notices are left
-out. Nothing here knows about languages, duplicates or sizes: `corpus.py` chooses.
+Every reader returns `Document`s with blocks in reading order, without menus, tables of contents, listings and notices.
+`corpus.py` selects by language, duplicates and size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lxml.etree import ParserError
 @dataclass(frozen=True)
 class Block:
     heading: str
-    """Heading the paragraph stands under."""
+    """Heading above the paragraph."""
     text: str
 
 
@@ -48,7 +48,7 @@ _NUMBERING = re.compile(r"^(?:Capítulo |Apéndice )?[\dA-Z]{1,2}(?:\.\d+)*\.\s+
 
 
 def read_html(path: Path, name: str) -> Document:
-    """Read one HTML or XHTML page; a page without a body gives a document without blocks."""
+    """Read one HTML or XHTML page; a page without a body is a document without blocks."""
     parser = lxml.html.HTMLParser(encoding="utf-8", remove_comments=True, remove_pis=True)
     try:
         page = lxml.html.document_fromstring(path.read_bytes(), parser=parser)
@@ -66,9 +66,9 @@ def read_html(path: Path, name: str) -> Document:
         for element in _select(page, where):
             if element.getparent() is not None:
                 element.drop_tree()
-    found = _select(page, "//*[@id='DisplayArea']") or _select(page, "//body")
-    if found:
-        _HtmlReader(document).read(found[0])
+    roots = _select(page, "//*[@id='DisplayArea']") or _select(page, "//body")
+    if roots:
+        _HtmlReader(document).read(roots[0])
     return document
 
 
@@ -77,7 +77,7 @@ def _select(page: lxml.html.HtmlElement, xpath: str) -> list[lxml.html.HtmlEleme
 
 
 class _HtmlReader:
-    """Walks the tree once, closing a paragraph at every block element."""
+    """Walks the tree once and ends a paragraph at every block element."""
 
     def __init__(self, document: Document) -> None:
         self.document = document
@@ -140,7 +140,7 @@ _ESCAPE = re.compile(
 
 
 def read_man(path: Path, name: str) -> Document:
-    """Read one man page in the classic `man` macros; pages in mdoc or that only include another give no blocks."""
+    """Read one man page in the classic `man` macros; pages in mdoc, or that only include another, have no blocks."""
     raw = path.read_bytes()
     source = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8", errors="replace")
     document = Document(path=name, title=Path(name).name.removesuffix(".gz"))
@@ -182,7 +182,7 @@ def read_man(path: Path, name: str) -> Document:
 
 
 def _inline(macro: str, rest: str) -> str:
-    """The text of a font macro: .BR and its like alternate fonts within a word, the others between words."""
+    """The text of a font macro: .BR and similar macros alternate fonts within a word, the others between words."""
     if not macro:
         return rest
     return ("" if re.fullmatch(r"\.[BIR][BIR]", macro) else " ").join(_arguments(rest))
@@ -209,7 +209,7 @@ def _plain(text: str) -> str:
 
 
 def read_fortunes(path: Path, name: str) -> list[Document]:
-    """Read a fortune file: every saying, with its author, is a document of one block."""
+    """Read a fortune file: each saying with its author is a document with one block."""
     topic = path.name.removesuffix(".fortunes")
     documents = []
     for number, saying in enumerate(re.split(r"^%\s*$", path.read_text("utf-8", errors="replace"), flags=re.MULTILINE)):
@@ -220,7 +220,7 @@ def read_fortunes(path: Path, name: str) -> list[Document]:
 
 
 def _tidy(text: str) -> str:
-    """One line, single spaces, without control characters or soft hyphens; symbols alone are nothing."""
+    """One line, single spaces, without control characters or soft hyphens; empty if there are only symbols."""
     text = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\xad\u200b\ufeff]", "", text)
     text = re.sub(r"\s+", " ", text).strip()
     text = re.sub(r" ([,.;:)\]»”])", r"\1", text)

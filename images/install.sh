@@ -33,6 +33,9 @@ else
         --find-links /wheels -r /wheels/requirements.txt
 fi
 
+# Files that images/NAME/data.txt takes out of packages.
+[ ! -d /wheels/share ] || cp -r /wheels/share "$(python -c 'import sys; print(sys.prefix)')/"
+
 freeze >/tmp/after.txt
 accelerator /opt/estiba/base-freeze.txt >/tmp/before-accelerator.txt
 accelerator /tmp/after.txt >/tmp/after-accelerator.txt

@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
-# Make a Docker engine answer on this machine: engine, buildx, compose v2, and the NVIDIA toolkit where there is a GPU.
+# Install and start what is missing for Docker: engine, buildx, compose v2, and the NVIDIA toolkit where there is a GPU.
 #
 #   scripts/engine.sh                        # what `make engine` does: the engine, and a Python that can make a venv
 #   scripts/engine.sh engine                 # the engine alone
-#   scripts/engine.sh builder                # what a build needs: engine and buildx; a GPU is not looked at
+#   scripts/engine.sh builder                # what a build needs: engine and buildx, no GPU check
 #   scripts/engine.sh debootstrap            # the tool images/base needs where no image can be pulled
-#   ssh user@box 'bash -s' <scripts/engine.sh   # bootstrap of a rented box: needs nothing else of this repository
+#   scripts/engine.sh engine rsync           # what the ssh target needs on a remote host
+#   ssh user@host 'bash -s engine rsync' <scripts/engine.sh   # a rented machine: needs nothing else of this repository
 #
-# Idempotent: what answers already is left alone. Installs from the distribution's own packages; only the NVIDIA
-# toolkit, which distributions do not carry, comes from NVIDIA. Exit 0: ready; 1: it could not be done, and why.
+# Idempotent: what already works is left alone. Installs from the distribution's own packages; only the NVIDIA
+# toolkit, which distributions do not carry, comes from NVIDIA. Exit status 0: ready; 1: failed, with the reason.
 set -euo pipefail
+export LC_ALL=C                                        # apt's and sudo's messages are read below
+export PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"    # Debian keeps dockerd from the PATH of ordinary users
 
+OS_RELEASE="${ESTIBA_OS_RELEASE:-/etc/os-release}"
 LOCK_WAIT_S="${ESTIBA_LOCK_WAIT_S:-900}"       # cloud-init may hold the package lock for minutes on a fresh box
 DAEMON_WAIT_S="${ESTIBA_DAEMON_WAIT_S:-60}"
 DAEMON_LOG="${ESTIBA_DAEMON_LOG:-/var/log/estiba-dockerd.log}"
@@ -34,25 +38,26 @@ MANUAL="install Docker Engine >= 24 with the buildx and compose v2 plugins (docs
 and check that 'docker info', 'docker buildx version' and 'docker compose version' answer; for a GPU also
 nvidia-container-toolkit, then 'nvidia-ctk runtime configure --runtime=docker'"
 
-# Refuse early and say what to do, rather than fail half-way through an installation.
+# Fail before the installation rather than half-way through it.
 require_apt_and_root() {
     have apt-get || die "this is not Debian or Ubuntu, so nothing was installed; $MANUAL"
     [ "$(id -u)" = 0 ] && return
     have sudo || die "installing needs root, and there is no sudo; run this as root, or $MANUAL"
-    sudo -n true 2>/dev/null || sudo -v </dev/tty 2>/dev/null ||
-        die "installing needs root, and sudo asks for a password that cannot be typed here; run 'sudo $0', or $MANUAL"
+    local reason
+    reason="$(sudo -n true 2>&1)" || sudo -v </dev/tty 2>/dev/null ||
+        die "installing needs root, and $(tail -n 1 <<<"$reason"); run this as root, or $MANUAL"
 }
 
-# apt-get with patience: another process holding the lock is waited for, anything else fails with apt's own words.
+# Run apt-get and wait while another process holds the lock. Any other failure prints apt's output.
 apt_get() {
-    local deadline=$((SECONDS + LOCK_WAIT_S)) log told=""
+    local deadline=$((SECONDS + LOCK_WAIT_S)) log notified=""
     log="$(mktemp)"
     while ! as_root env DEBIAN_FRONTEND=noninteractive ${APT_CONFIG:+APT_CONFIG="$APT_CONFIG"} \
         NEEDRESTART_MODE=a apt-get -q "$@" >"$log" 2>&1 </dev/null; do
         if grep -q 'dpkg was interrupted' "$log"; then
             say "an earlier installation was interrupted; finishing it (dpkg --configure -a)"
             as_root dpkg --configure -a </dev/null >/dev/null 2>&1 || true
-        elif ! grep -qE 'Could not get lock|Unable to acquire the dpkg|Unable to lock' "$log"; then
+        elif ! grep -qE 'Could not get lock|Unable to acquire the dpkg|Unable to lock|Waiting for cache lock' "$log"; then
             tail -n 25 "$log" >&2
             rm -f "$log"
             return 1
@@ -60,10 +65,13 @@ apt_get() {
         if [ $SECONDS -ge $deadline ]; then
             grep -E 'lock' "$log" >&2 || true
             rm -f "$log"
-            die "the package lock was still held after ${LOCK_WAIT_S} s; wait for that process, or end it, and run this again"
+            die "the package lock was still held after ${LOCK_WAIT_S} s; wait for that process or end it, then run this again"
         fi
-        [ -n "$told" ] || say "another process holds the package lock; waiting up to ${LOCK_WAIT_S} s"
-        told=yes
+        if [ -z "$notified" ]; then
+            notified="$(sed -n 's/.*held by process \([0-9]* ([^)]*)\).*/\1/p' "$log" | head -n 1)"
+            say "${notified:-another process} holds the package lock (unattended upgrades?); waiting up to ${LOCK_WAIT_S} s"
+            notified=yes
+        fi
         sleep 5
     done
     rm -f "$log"
@@ -72,14 +80,14 @@ apt_get() {
 in_dpkg() { dpkg-query -W -f '${Status}' "$1" 2>/dev/null | grep -q 'ok installed'; }
 in_apt() { apt-cache policy "$1" 2>/dev/null | grep -q 'Candidate: [^(]'; }
 
-# Debian 12 has engine 20.10 and compose v1. Engine 26.1, buildx 0.13 and compose 2.26 of Debian 13 need nothing newer
-# than Debian 12's libc, so they are taken from there: same mirror, seen only by this process (APT_CONFIG), so that the
-# machine's own sources stay as they are and no later upgrade crosses the release.
+# Debian 12 has engine 20.10 and compose v1. Debian 13's engine 26.1, buildx 0.13 and compose 2.26 run with Debian 12's
+# libc, so they are installed from there: from the same mirror, configured for this process only (APT_CONFIG), so that the
+# machine's own sources do not change and no later upgrade crosses the release.
 borrow_next_debian() {
     TEMP_DIR="$(mktemp -d)"
     chmod 755 "$TEMP_DIR"
     mkdir -p "$TEMP_DIR"/{sources,preferences,lists/partial}
-    # apt tells its sources' places only once it has read them
+    # apt lists its sources only after an update
     [ -n "$(apt-get indextargets 2>/dev/null)" ] || apt_get update || true
     local release uri signed option
     # shellcheck disable=SC2016 # the dollars are apt's
@@ -92,8 +100,8 @@ borrow_next_debian() {
         done >"$TEMP_DIR/sources/here.list"
     local mirror
     mirror="$(sed -n 's/^\(deb .*\) bookworm main$/\1/p' "$TEMP_DIR/sources/here.list" | head -n 1)"
-    [ -n "$mirror" ] || die "no 'bookworm' suite in this machine's apt sources, so there is no mirror to take Debian 13's
-docker packages from; $MANUAL"
+    [ -n "$mirror" ] || die "no 'bookworm' suite in this machine's apt sources, so no mirror is known for Debian 13's
+docker packages; $MANUAL"
     printf '%s trixie main\n' "$mirror" >"$TEMP_DIR/sources/next.list"
     cat >"$TEMP_DIR/preferences/next" <<PIN
 Package: *
@@ -116,19 +124,19 @@ CONF
 
 install_engine() {
     require_apt_and_root
-    # shellcheck disable=SC1091
-    . /etc/os-release
+    # shellcheck disable=SC1090,SC1091
+    . "$OS_RELEASE"
     local packages
     if [ "${ID:-}:${VERSION_CODENAME:-}" = debian:bookworm ]; then
         borrow_next_debian
         apt_get update
         packages="docker.io docker-cli docker-buildx docker-compose"
-        say "installing $packages of Debian 13 (this release has no compose v2); nothing else changes its release"
+        say "installing $packages of Debian 13 (this release has no compose v2); no other package changes its release"
     else
         case "${ID:-} ${ID_LIKE:-}" in *debian* | *ubuntu*) ;; *) die "this is ${PRETTY_NAME:-not Debian or Ubuntu}; $MANUAL" ;; esac
         apt_get update
         packages="docker.io"
-        in_apt docker-cli && packages="$packages docker-cli"                       # a package of its own since Debian 13
+        in_apt docker-cli && packages="$packages docker-cli"                       # a separate package since Debian 13
         if in_apt docker-buildx; then packages="$packages docker-buildx"; else die "${PRETTY_NAME:-this release} has no docker-buildx package; $MANUAL"; fi
         if in_apt docker-compose-v2; then packages="$packages docker-compose-v2"   # Ubuntu's name
         elif apt-cache policy docker-compose | grep -q 'Candidate: 2'; then packages="$packages docker-compose"
@@ -136,7 +144,7 @@ install_engine() {
         say "installing $packages"
     fi
     # shellcheck disable=SC2086 # a list of names
-    apt_get install -y --no-install-recommends $packages iptables ca-certificates || die "apt could not install $packages (its words are above)"
+    apt_get install -y --no-install-recommends $packages iptables ca-certificates || die "apt could not install $packages (its output is above)"
     unset APT_CONFIG
     hash -r
 }
@@ -149,8 +157,8 @@ plugins_answer() {
     [ "$NEEDS" = builder ] || docker compose version >/dev/null 2>&1
 }
 
-# A pid file left by a dead machine names a process that is now something else; dockerd would refuse to start.
-forget_stale_pids() {
+# After a crash, a pid file may name a process that is now another program; dockerd would refuse to start.
+remove_stale_pid_files() {
     local file pid
     for file in /var/run/docker.pid /run/docker/containerd/containerd.pid; do
         pid="$(as_root cat "$file" 2>/dev/null)" || continue
@@ -165,19 +173,19 @@ daemon_answers_within() {
     local deadline=$((SECONDS + $1))
     until as_root docker info >/dev/null 2>&1; do
         [ $SECONDS -lt $deadline ] || return 1
-        if [ -n "${2:-}" ] && ! kill -0 "$2" 2>/dev/null; then return 1; fi     # it has exited: do not wait for it
+        if [ -n "${2:-}" ] && [ ! -d "/proc/$2" ]; then return 1; fi     # it has exited
         sleep 0.5
     done
 }
 
 # dockerd without systemd: detached from this terminal, so that it outlives the command that needed it.
 start_detached() {
-    forget_stale_pids
+    remove_stale_pid_files
     as_root sh -c 'log=$1; shift; setsid nohup dockerd "$@" >"$log" 2>&1 </dev/null & echo $!' sh "$DAEMON_LOG" "$@" >/tmp/.estiba-dockerd.$$ 
     local pid
     pid="$(cat /tmp/.estiba-dockerd.$$)"
     rm -f /tmp/.estiba-dockerd.$$
-    # setsid forks when it leads a group, so the number may be gone already: only a real dockerd is watched
+    # setsid forks if it leads a process group, so the pid may be gone already: watch it only if it is dockerd
     [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = dockerd ] || pid=""
     daemon_answers_within "$DAEMON_WAIT_S" "$pid"
 }
@@ -189,9 +197,9 @@ start_daemon() {
         as_root systemctl enable --now docker >/dev/null 2>&1 || true
         daemon_answers_within "$DAEMON_WAIT_S" && return
         as_root journalctl -u docker -n 20 --no-pager >&2 || true
-        die "docker did not start (its words are above)"
+        die "docker did not start (its log is above)"
     fi
-    have dockerd || die "there is no dockerd on the PATH; $MANUAL"
+    have dockerd || die "no dockerd on the PATH; $MANUAL"
     say "starting dockerd (no systemd here; log: $DAEMON_LOG)"
     start_detached && return
     local reason
@@ -205,7 +213,7 @@ start_daemon() {
     if grep -qiE 'overlay|storage-driver|graphdriver' <<<"$reason"; then
         local driver=vfs
         have fuse-overlayfs && driver=fuse-overlayfs
-        say "dockerd could not use overlayfs; trying the '$driver' storage driver (slower, and takes more disk)"
+        say "dockerd could not use overlayfs; trying the '$driver' storage driver (slower, uses more disk)"
         start_detached --storage-driver="$driver" && return
         reason="$(as_root cat "$DAEMON_LOG")"
     fi
@@ -214,28 +222,30 @@ start_daemon() {
         start_detached --iptables=false --ip6tables=false && return
     fi
     as_root tail -n 20 "$DAEMON_LOG" >&2 || true
-    die "dockerd did not start within ${DAEMON_WAIT_S} s (its last words are above, all of them in $DAEMON_LOG)"
+    die "dockerd did not start within ${DAEMON_WAIT_S} s (the end of its log is above, all of it in $DAEMON_LOG)"
 }
 
 # Membership of the docker group begins at the next login; owning the socket bridges the time until then.
-let_this_user_in() {
-    answers && return
-    local user
-    user="$(id -un)"
-    say "adding $user to the docker group, which is as good as root on this machine"
+give_user_access() {
+    # Through sudo the engine always answers; access is for the user behind it.
+    local user="${SUDO_USER:-$(id -un)}"
+    if [ "$user" = root ] || { [ "$user" = "$(id -un)" ] && answers; }; then return; fi
+    case " $(id -nG "$user") " in *" docker "*) [ "$user" = "$(id -un)" ] || return 0 ;; esac
+    say "adding $user to the docker group, which gives root rights on this machine"
     as_root usermod -aG docker "$user"
     as_root chown "$user" /var/run/docker.sock
-    answers || die "docker runs, but not for $user: log in again, or use sudo"
+    answers || die "docker runs, but $user has no access: log in again, or use sudo"
 }
 
 ensure_engine() {
     if have docker && answers && plugins_answer; then
-        # a build says nothing about what was there all along
+        # a build prints nothing if nothing had to be done
         [ "$NEEDS" = builder ] || say "$(docker version --format 'Docker {{.Server.Version}} answers'), with buildx and compose v2"
+        give_user_access
         return
     fi
     if have docker && answers && in_dpkg docker-ce; then
-        # Docker's own packages are here, and the distribution's would push them out.
+        # Docker's own packages are installed, and the distribution's would replace them.
         require_apt_and_root
         say "the engine answers, but buildx or compose v2 is missing; installing Docker's packages for them"
         apt_get update
@@ -245,13 +255,13 @@ ensure_engine() {
         install_engine
     fi
     have docker && as_root docker info >/dev/null 2>&1 || start_daemon
-    let_this_user_in
+    give_user_access
     docker buildx version >/dev/null 2>&1 || die "'docker buildx version' does not answer after the installation; $MANUAL"
     plugins_answer || die "'docker compose version' does not answer after the installation; $MANUAL"
     say "$(docker version --format 'Docker {{.Server.Version}} answers'), with buildx and compose v2," \
         "storage driver $(docker info --format '{{.Driver}}')"
     [ "$(docker info --format '{{.Driver}}')" != vfs ] ||
-        say "vfs is what dockerd fell back to (no overlayfs here): every layer is a full copy, slow and large"
+        say "dockerd fell back to vfs (no overlayfs here): every layer is a full copy, slow and large"
 }
 
 # --------------------------------------------------------------------------------------------------- GPU
@@ -284,10 +294,10 @@ restart_daemon() {
         for _ in $(seq 60); do [ -n "$pid" ] && [ -d "/proc/$pid" ] || break; sleep 0.5; done
         start_daemon
     fi
-    let_this_user_in
+    give_user_access
 }
 
-# Where nothing can be pulled, the machine's own C library and shell make an image that is enough for nvidia-smi.
+# Where no image can be pulled, build one from the machine's own C library and shell; it is enough for nvidia-smi.
 probe_image() {
     if docker image inspect "$GPU_PROBE_IMAGE" >/dev/null 2>&1 ||
         timeout 120 docker pull -q "$GPU_PROBE_IMAGE" >/dev/null 2>&1; then
@@ -306,24 +316,24 @@ gpu_container_works() { docker run --rm --gpus all "$1" nvidia-smi -L; }
 
 ensure_gpu() {
     have nvidia-smi && nvidia-smi -L >/dev/null 2>&1 || return 0
-    local image seen
+    local image gpus
     image="$(probe_image)"
-    if ! seen="$(gpu_container_works "$image" 2>/dev/null)"; then
+    if ! gpus="$(gpu_container_works "$image" 2>/dev/null)"; then
         install_nvidia_toolkit
         as_root nvidia-ctk runtime configure --runtime=docker >/dev/null 2>&1 || die "'nvidia-ctk runtime configure' failed"
-        say "restarting docker so that it knows the NVIDIA runtime"
+        say "restarting docker to load the NVIDIA runtime"
         restart_daemon
-        seen="$(gpu_container_works "$image")" ||
+        gpus="$(gpu_container_works "$image")" ||
             die "a container still does not see the GPU; 'docker run --rm --gpus all $image nvidia-smi' shows why"
     fi
-    say "a container sees: $(head -n 1 <<<"$seen")"
+    say "a container sees: $(head -n 1 <<<"$gpus")"
 }
 
 # ------------------------------------------------------------------------------------------- other tools
 
-# Debian splits ensurepip from Python: `python3 -m venv` is there, and does not work.
+# Debian packages ensurepip separately: without it `python3 -m venv` exists but fails.
 ensure_python() {
-    have python3 || { have apt-get || die "there is no python3; install Python >= 3.11 with venv"; }
+    have python3 || { have apt-get || die "no python3; install Python >= 3.11 with venv"; }
     have python3 && python3 -c 'import ensurepip, venv' 2>/dev/null && return
     require_apt_and_root
     say "installing python3-venv"
@@ -331,12 +341,12 @@ ensure_python() {
     apt_get install -y --no-install-recommends python3 python3-venv || die "apt could not install python3-venv"
 }
 
-ensure_debootstrap() {
-    have debootstrap || [ -x /usr/sbin/debootstrap ] && return
+ensure_tool() {
+    have "$1" && return
     require_apt_and_root
-    say "installing debootstrap"
+    say "installing $1"
     apt_get update
-    apt_get install -y --no-install-recommends debootstrap || die "apt could not install debootstrap"
+    apt_get install -y --no-install-recommends "$1" || die "apt could not install $1 (its output is above)"
 }
 
 main() {
@@ -346,8 +356,8 @@ main() {
             engine) NEEDS=engine; ensure_engine; ensure_gpu ;;
             builder) NEEDS=builder; ensure_engine ;;
             python) ensure_python ;;
-            debootstrap) ensure_debootstrap ;;
-            *) die "unknown word '$what'; one of: engine builder python debootstrap" ;;
+            debootstrap | rsync) ensure_tool "$what" ;;
+            *) die "unknown argument '$what'; one of: engine builder python debootstrap rsync" ;;
         esac
     done
 }

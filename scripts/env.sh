@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # The host's Python tools: uv and pip in .build/tools, the developer environment in .venv (uv.lock).
 #
-#   scripts/env.sh               # what `make env` does: make both, or find them current
+#   scripts/env.sh               # what `make env` does: make both if they are missing or outdated
 #   . scripts/env.sh             # only set UV and TOOLS_PYTHON (and make .build/tools when it is missing)
 #
-# A machine needs git, make and Python >= 3.11; everything else comes through pip, with pip's own configuration.
+# A machine needs git, make and Python >= 3.11; everything else is installed by pip, with the machine's pip configuration.
 
-# Trust this machine's own certificates: behind a TLS proxy the bundled ones do not do.
+# Trust this machine's own certificates: the bundled ones fail behind a TLS proxy.
 export UV_SYSTEM_CERTS=1
-# The environment is this project's, whichever one happens to be active.
+# Use this project's environment even if another one is active.
 export UV_PROJECT_ENVIRONMENT=.venv
 unset VIRTUAL_ENV
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that reads code without running it; scripts/lint.sh --fix writes what can be repaired.
+# Static checks of the code; scripts/lint.sh --fix fixes what ruff can fix.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/env.sh
@@ -11,14 +11,16 @@ if [ "${1:-}" = --fix ]; then
 fi
 $bin/ruff check .
 $bin/ruff format --check .
+# Layers and forbidden imports (pyproject.toml); tests/repo/test_structure.py finds circles between files.
+PYTHONPATH=shared:launch $bin/lint-imports --no-cache
 
-# One run for the packages that see each other, one for each image's package.
+# One run for the packages that import each other, one for each image's package.
 folders=()
 for folder in shared/estiba launch/estiba_launch scripts demo benchmarks tests/repo; do
     [ -n "$(find "$folder" -name '*.py' -print -quit 2>/dev/null)" ] && folders+=("$folder")
 done
-$bin/mypy "${folders[@]}"
-for package in images/*/*/__init__.py; do
+$bin/mypy --exclude '^scripts/template/' "${folders[@]}"
+for package in images/*/*/__init__.py scripts/template/*/images/*/*/__init__.py; do
     [ -f "$package" ] || continue
     folder="$(dirname "$package")"
     MYPYPATH="$(dirname "$folder")" $bin/mypy "$folder"

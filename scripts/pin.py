@@ -1,9 +1,9 @@
-"""Write the digests that the base-image tags in docker-bake.hcl stand for today.
+"""Write the digests that the base-image tags in docker-bake.hcl point to today.
 
     make pin                  # AWS_REGION chooses the account registry's region
 
-Asks each registry through `docker buildx imagetools inspect`; nothing is pulled. A registry that does not answer leaves
-its pin as it is, with the reason; exit 1 if any did not.
+Asks each registry through `docker buildx imagetools inspect`; nothing is pulled. If a registry does not
+answer, its pin stays unchanged and the reason is printed; the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ class Pin:
     slot: str
     """Prefix of its three variables: <slot>_REPOSITORY, _TAG and _DIGEST."""
     reference: str
-    """What to ask for: registry/repository:tag."""
+    """The image: registry/repository:tag."""
     digest: str
-    """What the file says now; "" when it was never pinned."""
+    """The digest in the file; "" if it was never pinned."""
 
 
 def default(text: str, variable: str) -> str:
     """The default of an HCL variable of `text`. Raises ValueError when there is none."""
-    found = re.search(rf'variable "{variable}" {{ default = "([^"]*)" }}', text)
-    if found is None:
+    match = re.search(rf'variable "{variable}" {{ default = "([^"]*)" }}', text)
+    if match is None:
         raise ValueError(f"{BAKE.name}: no variable {variable} with a default on one line")
-    return found[1]
+    return match[1]
 
 
 def pins(text: str, region: str) -> list[Pin]:
-    """All pins of the file; a repository without a registry is AWS's account registry in `region`."""
+    """All pins of the file. A repository without a registry is in AWS's account registry in `region`."""
     slots = re.findall(r'variable "(\w+)_DIGEST"', text)
     result = []
     for slot in slots:
@@ -58,7 +58,7 @@ def pins(text: str, region: str) -> list[Pin]:
 
 
 def digest_of(reference: str) -> str:
-    """The digest a tag stands for in its registry now. Raises OSError, in the registry's words, if there is none."""
+    """The digest that a tag points to now. Raises OSError with the registry's message if there is none."""
     command = ["docker", "buildx", "imagetools", "inspect", "--format", "{{.Manifest.Digest}}", reference]
     try:
         done = subprocess.run(command, text=True, capture_output=True, timeout=INSPECT_S)
@@ -70,13 +70,13 @@ def digest_of(reference: str) -> str:
     return digest
 
 
-def written(text: str, slot: str, digest: str) -> str:
+def with_digest(text: str, slot: str, digest: str) -> str:
     """`text` with one digest replaced."""
     return re.sub(rf'(variable "{slot}_DIGEST" {{ default = ")[^"]*', rf"\g<1>{digest}", text)
 
 
 def main() -> int:
-    """Ask for every pin, write what was answered, say what changed and what could not be asked."""
+    """Resolve every pin, write the digests, and print what changed and what failed."""
     text = original = BAKE.read_text()
     failed = False
     for pin in pins(text, os.environ.get("AWS_REGION", "us-east-1")):
@@ -84,9 +84,9 @@ def main() -> int:
             digest = digest_of(pin.reference)
         except OSError as error:
             failed = True
-            print(f"pin: {pin.reference}: left as it is: {error}", file=sys.stderr)
+            print(f"pin: {pin.reference}: left unchanged: {error}", file=sys.stderr)
             continue
-        text = written(text, pin.slot, digest)
+        text = with_digest(text, pin.slot, digest)
         print(f"pin: {pin.reference}: {'unchanged' if digest == pin.digest else digest}")
     if text != original:
         BAKE.write_text(text)

@@ -3,8 +3,8 @@
 #
 #   scripts/s3.sh build                          # the image estiba/s3:local
 #   scripts/s3.sh start                          # the server, on this machine's Docker bridge; prints its environment
-#   scripts/s3.sh put runs/x/input s3://estiba/x # a folder into a bucket; what is there already is skipped
-#   scripts/s3.sh stop                           # the server and its data go, those of other checkouts too
+#   scripts/s3.sh put runs/x/input s3://estiba/x # copy a folder into a bucket; skips unchanged files
+#   scripts/s3.sh stop                           # remove the server and its data, also those of other checkouts
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,7 +14,7 @@ PORT="${ESTIBA_S3_PORT:-4566}"
 bridge() { docker network inspect bridge --format '{{(index .IPAM.Config 0).Gateway}}'; }
 
 environment() {
-    # The server accepts any key; these are no secret, and look like none.
+    # The server accepts any key; these are not secrets and do not look like any.
     cat <<END
 AWS_ENDPOINT_URL_S3=http://$(bridge):$PORT
 AWS_ALLOW_HTTP=true
@@ -66,7 +66,7 @@ case "${1:-}" in
     start) start ;;
     put)
         start >/dev/null
-        # This checkout's program, not the one in an image that may be older.
+        # Use this checkout's program, since the image may be older.
         environment | docker run --rm --env-file /dev/stdin --volume "$(realpath "$2"):/from:ro" \
             --volume "$PWD/compose/s3/objects.py:/opt/s3/objects.py:ro" estiba/s3:local \
             python /opt/s3/objects.py put /from "$3" ;;

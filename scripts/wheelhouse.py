@@ -10,6 +10,9 @@ the target Python and Linux, not for this machine. Every file is checked against
 no wheel is kept as its source distribution; images/base compiles it inside the build. The folder also gets
 `requirements.txt`, exact pins for this one target, which is what the Dockerfile installs.
 
+Files that an image takes out of a package without installing it (images/NAME/data.txt) go into the folder's `share`.
+`--share FOLDER NAME` puts only those into FOLDER, for a Python on this machine.
+
 A stamp over the inputs makes a second call take no time. pip's own configuration (mirror, find-links, CA) is used.
 """
 
@@ -23,6 +26,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,6 +121,20 @@ def fetch_locked(folder: Path, python: str, lines: list[str]) -> None:
     listing.unlink()
 
 
+def fetch_data(share: Path, python: str, listing: Path) -> None:
+    """The files of `listing` (lines of NAME==VERSION --hash=sha256:... PATH...), each as `share`/NAME/FILE."""
+    for line in requirements(listing):
+        pin, hashed, *paths = line.split(" ")
+        with tempfile.TemporaryDirectory() as temporary:
+            fetch_locked(Path(temporary), python, [f"{pin} {hashed}"])
+            (wheel,) = Path(temporary).glob("*.whl")
+            place = share / pin.split("==")[0]
+            place.mkdir(parents=True, exist_ok=True)
+            with zipfile.ZipFile(wheel) as archive:
+                for path in paths:
+                    (place / Path(path).name).write_bytes(archive.read(path))
+
+
 def fetch_torch(folder: Path, python: str, pin: str) -> None:
     """The CPU build of torch: `pin` names it with its +cpu tag, so that no CUDA build can answer."""
     if "+cpu" not in pin:
@@ -142,9 +160,9 @@ def fingerprint(sources: list[Path], python: str) -> str:
 
 def fill(name: str, python: str) -> Path:
     """Make `.build/wheels/<name>-py<NN>` hold exactly what the lock says; return it. Done already: returns at once."""
-    lock, torch = lock_of(name), ROOT / f"images/{name}/torch.txt"
+    lock, torch, data = lock_of(name), ROOT / f"images/{name}/torch.txt", ROOT / f"images/{name}/data.txt"
     inside = [lock_of(name.removesuffix("-test"))] if name.endswith("-test") else []
-    sources = [path for path in (lock, torch, *inside) if path.exists()]
+    sources = [path for path in (lock, torch, data, *inside) if path.exists()]
     final = WHEELS / f"{name}-py{python.replace('.', '')}"
     # Beside the folder, not in it: builds are cached by the folder's content.
     stamp, wanted = final.with_suffix(".stamp"), fingerprint(sources, python)
@@ -167,6 +185,8 @@ def fill(name: str, python: str) -> Path:
             (pin,) = requirements(torch)
             fetch_torch(folder, python, pin)
             pins.append(pin)
+        if data.exists():
+            fetch_data(folder / "share", python, data)
         forget_unlocked(folder, before, pins)
         refuse_cuda(folder)
         (folder / "requirements.txt").write_text("\n".join(pins) + "\n")
@@ -205,10 +225,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="+", metavar="NAME", help="an image, or IMAGE-test")
     parser.add_argument("--python", default="3.11", metavar="X.Y", help="Python of the base (default: 3.11, Debian 12)")
+    parser.add_argument("--share", type=Path, metavar="FOLDER", help="only put the files of data.txt there")
     arguments = parser.parse_args()
     try:
         for name in arguments.names:
-            fill(name, arguments.python)
+            if arguments.share:
+                fetch_data(arguments.share, arguments.python, ROOT / f"images/{name}/data.txt")
+            else:
+                fill(name, arguments.python)
     except WheelhouseError as error:
         print(f"wheelhouse: {error}", file=sys.stderr)
         return 1

@@ -4,7 +4,8 @@
 
 For benchmarks whose client and server share one machine: what the server costs is not measured with the client. It
 lists, and answers HEAD and (ranged, conditional) GET; it does not look at signatures. Bodies go from file to socket by
-sendfile, in pieces that keep to the bandwidth of their connection. One line a request goes to standard output.
+sendfile, in pieces that keep to the bandwidth of their connection, and with --total-mb-per-s to that of the endpoint.
+One line a request of an object goes to standard output; it ends with the bytes that were sent.
 """
 
 from __future__ import annotations
@@ -32,6 +33,22 @@ class Shape:
     """From a request to the first byte of its answer."""
     bytes_per_s: float
     """Of each connection."""
+    total: Total | None = None
+
+
+class Total:
+    """The bandwidth that all connections share: each takes its turn on one time line."""
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._lock = threading.Lock()
+        self._free_at = 0.0
+
+    def wait(self, size_bytes: int) -> None:
+        with self._lock:
+            self._free_at = max(self._free_at, time.monotonic()) + size_bytes / self._bytes_per_s
+            free_at = self._free_at
+        time.sleep(max(0.0, free_at - time.monotonic()))
 
 
 def main() -> None:
@@ -40,8 +57,10 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--latency-ms", type=float, default=0.0)
     parser.add_argument("--mb-per-s", type=float, default=1e6)
+    parser.add_argument("--total-mb-per-s", type=float, help="of all connections together")
     options = parser.parse_args()
-    shape = Shape(options.latency_ms / 1000, options.mb_per_s * 1e6)
+    total = Total(options.total_mb_per_s * 1e6) if options.total_mb_per_s else None
+    shape = Shape(options.latency_ms / 1000, options.mb_per_s * 1e6, total)
     listener = socket.create_server(("127.0.0.1", options.port), backlog=256)
     while True:
         connection, _ = listener.accept()
@@ -105,17 +124,24 @@ def send_object(
         fields = [f"ETag: {etag}", f"Last-Modified: {DATE}", "Accept-Ranges: bytes"]
         if code == 206:
             fields.append(f"Content-Range: bytes {start}-{end - 1}/{size}")
-        os.write(1, f'"{method} {target} HTTP/1.1" {code}\n'.encode())
-        connection.sendall(head(code, end - start, "application/x-hdf5", fields))
-        if method == "GET":
-            send_paced(connection, file.fileno(), start, end, shape.bytes_per_s)
+        sent = [0]
+        try:
+            connection.sendall(head(code, end - start, "application/x-hdf5", fields))
+            if method == "GET":
+                send_paced(connection, file.fileno(), start, end, shape, sent)
+        finally:
+            os.write(1, f'"{method} {target} HTTP/1.1" {code} {sent[0]}\n'.encode())
 
 
-def send_paced(connection: socket.socket, descriptor: int, start: int, end: int, bytes_per_s: float) -> None:
+def send_paced(connection: socket.socket, descriptor: int, start: int, end: int, shape: Shape, sent: list[int]) -> None:
     began, at = time.monotonic(), start
     while at < end:
-        at += os.sendfile(connection.fileno(), descriptor, at, min(PIECE_BYTES, end - at))
-        ahead_s = began + (at - start) / bytes_per_s - time.monotonic()
+        count = os.sendfile(connection.fileno(), descriptor, at, min(PIECE_BYTES, end - at))
+        at += count
+        sent[0] = at - start
+        if shape.total is not None:
+            shape.total.wait(count)
+        ahead_s = began + (at - start) / shape.bytes_per_s - time.monotonic()
         if ahead_s > 0:
             time.sleep(ahead_s)
 

@@ -1,6 +1,6 @@
 """Copy a folder to or from S3.
 
-    python objects.py put /input s3://estiba/demo/input       # makes the bucket; skips what is there already
+    python objects.py put /input s3://estiba/demo/input       # creates the bucket; skips unchanged objects
     python objects.py get s3://estiba/demo/output /output
 
 Endpoint and credentials come from the standard AWS variables. Exit status 0, or 1 with the reason.
@@ -21,11 +21,11 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 
 class CopyError(Exception):
-    """What was asked cannot be done; the message says why."""
+    """The copy cannot be made; the message says why."""
 
 
 def connect() -> Any:
-    """A client that names buckets in the path: a compose service has no name per bucket."""
+    """A client with path-style addresses: a compose service has no host name per bucket."""
     return boto3.client("s3", config=Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 5}))
 
 
@@ -44,41 +44,41 @@ def objects(client: Any, bucket: str, prefix: str) -> dict[str, dict[str, Any]]:
 
 
 def put(client: Any, folder: Path, url: str) -> str:
-    """Upload what differs from what is there; returns what was done."""
+    """Upload new and changed files. Returns a summary."""
     bucket, prefix = split(url)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     if not files:
         raise CopyError(f"{folder} holds no files")
-    # Some servers answer so where the bucket is one's own already, S3 itself outside us-east-1 among them.
+    # Some servers, and S3 itself outside us-east-1, raise this if the caller already owns the bucket.
     with contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou):
         client.create_bucket(Bucket=bucket)
-    there = objects(client, bucket, prefix)
+    existing = objects(client, bucket, prefix)
     sent = 0
     for path in files:
         name = path.relative_to(folder).as_posix()
         body = path.read_bytes()
         etag = f'"{hashlib.md5(body, usedforsecurity=False).hexdigest()}"'
-        if there.get(name, {}).get("ETag") != etag:
+        if existing.get(name, {}).get("ETag") != etag:
             client.put_object(Bucket=bucket, Key=f"{prefix}/{name}", Body=body)
             sent += 1
-    return f"{len(files)} files in {url}, {sent} of them sent now"
+    return f"{len(files)} files in {url}, {sent} uploaded now"
 
 
 def get(client: Any, url: str, folder: Path) -> str:
-    """Download everything below `url`, each file whole or not at all; returns what was done."""
+    """Download everything below `url`, each file whole or not at all. Returns a summary."""
     bucket, prefix = split(url)
-    found = objects(client, bucket, prefix)
-    if not found:
-        raise CopyError(f"{url} holds nothing yet")
-    for name in found:
+    downloads = objects(client, bucket, prefix)
+    if not downloads:
+        raise CopyError(f"{url} is empty")
+    for name in downloads:
         target = folder / name
         if not target.resolve().is_relative_to(folder.resolve()):
             raise CopyError(f"{url}/{name} would be written outside {folder}")
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(f".{target.name}.partial")
-        client.download_file(bucket, f"{prefix}/{name}", str(beside))
-        beside.replace(target)
-    return f"{len(found)} files from {url} in {folder}"
+        partial = target.with_name(f".{target.name}.partial")
+        client.download_file(bucket, f"{prefix}/{name}", str(partial))
+        partial.replace(target)
+    return f"{len(downloads)} files from {url} in {folder}"
 
 
 def main(arguments: list[str]) -> int:

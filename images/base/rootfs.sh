@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Make two local images: estiba/rootfs:bookworm, the root file system under images/base (Debian 12, Python 3.11), and
-# estiba/rootfs-build:bookworm, the same with a C compiler, in which images/base builds what has no wheel.
+# Make two local images: estiba/rootfs:bookworm, the root file system of images/base (Debian 12, Python 3.11), and
+# estiba/rootfs-build:bookworm, the same with a C compiler, in which images/base builds packages that have no wheel.
 #
-#   images/base/rootfs.sh          # does nothing when both exist and this file has not changed since
+#   images/base/rootfs.sh              # does nothing when both exist, are recent, and this file has not changed since
+#   REFRESH=1 images/base/rootfs.sh    # makes both again, with today's security updates
 #
-# Pulled where a registry answers, else made with debootstrap from the mirror in this machine's apt sources, so that an
-# air-gapped machine with a Debian mirror gets the same thing. Either way the same packages end up in it.
+# Pulled if a registry answers, otherwise built with debootstrap from the mirror in this machine's apt sources, so that an
+# air-gapped machine with a Debian mirror gets the same packages. Both ways end with the updates of bookworm-security.
+# After MAX_AGE_DAYS both are made again; if that fails, the old ones stay in use, with a warning.
 set -euo pipefail
 
 here="$(cd "$(dirname "$0")" && pwd)"
@@ -14,8 +16,10 @@ engine="$here/../../scripts/engine.sh"
 IMAGE="estiba/rootfs:bookworm"
 BUILD_IMAGE="estiba/rootfs-build:bookworm"
 SUITE="bookworm"
+SUITES="$SUITE $SUITE-updates $SUITE-security"
+MAX_AGE_DAYS="${ESTIBA_ROOTFS_MAX_AGE_DAYS:-30}"
 PULL_WAIT_S="${ESTIBA_PULL_WAIT_S:-20}"
-# libgomp1: torch's OpenMP. procps: sagemaker-training and people look at processes. The rest is Python itself.
+# libgomp1: torch's OpenMP. procps: sagemaker-training and people list processes. The rest is Python itself.
 PACKAGES="ca-certificates,libgomp1,libstdc++6,procps,python3,python3-venv,tzdata"
 COMPILER="gcc,libc6-dev,python3-dev"
 
@@ -25,23 +29,30 @@ as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@"; fi; }
 
 recipe="$(sha256sum "$0" | cut -c1-16)"
 made_with() { docker image inspect --format '{{index .Config.Labels "estiba.recipe"}}' "$1" 2>/dev/null || true; }
-if [ "$(made_with "$IMAGE")" = "$recipe" ] && [ "$(made_with "$BUILD_IMAGE")" = "$recipe" ]; then
+age_days() { echo $((($(date +%s) - $(date +%s -d "$(docker image inspect --format '{{.Created}}' "$IMAGE")")) / 86400)); }
+is_current() { [ "$(made_with "$IMAGE")" = "$recipe" ] && [ "$(made_with "$BUILD_IMAGE")" = "$recipe" ]; }
+
+if is_current && [ -z "${REFRESH:-}" ]; then
+    [ "$(age_days)" -ge "$MAX_AGE_DAYS" ] || exit 0
+    say "$IMAGE is $(age_days) days old; making it again, for the security updates since then"
+    REFRESH=1 bash "$0" || say "$IMAGE stays as it was $(age_days) days ago, without later security updates (the reason is above)"
     exit 0
 fi
 
 work="$(mktemp -d)"
 trap 'as_root rm -rf "$work"' EXIT
 
-# What no container needs, and what differs from run to run.
+# Remove files that no container needs or that differ from run to run.
 SLIM='
 rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/* /var/cache/debconf/*-old /var/lib/dpkg/*-old
 find /usr/share/doc -mindepth 2 ! -name copyright -type f -delete
 rm -rf /usr/share/man/* /usr/share/info/* /usr/share/locale/* /usr/share/groff /usr/share/lintian /tmp/*
 '
 
-labels=(--change "LABEL estiba.recipe=$recipe" --change "ENV LANG=C.UTF-8 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" --change 'CMD ["bash"]')
+# estiba.image: pruning after a build removes the images that these replace.
+labels=(--change "LABEL estiba.image=rootfs estiba.recipe=$recipe" --change "ENV LANG=C.UTF-8 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" --change 'CMD ["bash"]')
 
-# Run a shell text in a container of image $1, as root, and import its file system as image $2.
+# Run the shell commands $3 as root in a container of image $1, and import its file system as image $2.
 import_after() {
     local container="estiba-rootfs-$$"
     docker run --name "$container" -e DEBIAN_FRONTEND=noninteractive "$1" sh -ec "$3" >"$work/log" 2>&1 &&
@@ -53,28 +64,56 @@ import_after() {
 from_registry() {
     timeout "$PULL_WAIT_S" docker pull -q "debian:$SUITE-slim" >/dev/null 2>&1 || return 1
     say "pulled debian:$SUITE-slim; adding ${PACKAGES//,/ }"
-    local install="apt-get -q update && apt-get -q install -y --no-install-recommends"
+    local install="apt-get -q update && apt-get -q upgrade -y && apt-get -q install -y --no-install-recommends"
     import_after "debian:$SUITE-slim" "$BUILD_IMAGE" "$install ${PACKAGES//,/ } ${COMPILER//,/ } && $SLIM" &&
         import_after "debian:$SUITE-slim" "$IMAGE" "$install ${PACKAGES//,/ } && $SLIM" && return
     say "the pulled image could not reach its package mirror; using debootstrap instead"
     return 1
 }
 
-# The mirror (URI, then keyring or nothing) that this machine's own apt sources name for the suite.
-mirror_here() {
-    # apt tells its sources' places only once it has read them
+# Lines "suite|URI|keyring or something without a slash" of this machine's own apt sources, for the wanted suites.
+sources_here() {
+    # apt lists its sources only after an update
     [ -n "$(apt-get indextargets 2>/dev/null)" ] || as_root apt-get -q update >/dev/null 2>&1 || true
     # shellcheck disable=SC2016 # the dollars are apt's
     apt-get indextargets --format '$(RELEASE)|$(REPO_URI)|$(SIGNED_BY)' 'Created-By: Packages' | sort -u |
-        sed -n "s/^$SUITE|//p" | head -n 1
+        grep -E "^(${SUITES// /|})\|" || true
+}
+
+# Install the updates of every suite. This machine's apt fetches them, so that its proxy, keys and certificates are used.
+upgrade_root() { # lines of sources_here
+    # Debian's keys are those in the new root, as this machine may be an Ubuntu.
+    local suite uri signed updates="$work/updates" keys="$work/root/usr/share/keyrings/debian-archive-keyring.gpg"
+    mkdir -p "$updates"/{lists,archives}/partial
+    while IFS='|' read -r suite uri signed; do
+        case "$signed" in /*) ;; *) signed="$keys" ;; esac
+        printf 'deb [signed-by=%s] %s %s main\n' "$signed" "$uri" "$suite"
+    done <<<"$1" >"$updates/sources.list"
+    local apt=(as_root apt-get -q -y -o Dir::Etc::sourcelist="$updates/sources.list" -o Dir::Etc::sourceparts=/dev/null
+        -o Dir::Etc::preferences=/dev/null -o Dir::Etc::preferencesparts=/dev/null -o Dir::State::lists="$updates/lists"
+        -o Dir::State::status="$work/root/var/lib/dpkg/status" -o Dir::Cache::archives="$updates/archives"
+        -o APT::Sandbox::User=root -o Debug::NoLocking=1)
+    sed 's/\[.*\] //' "$updates/sources.list" | as_root tee "$work/root/etc/apt/sources.list" >/dev/null
+    { "${apt[@]}" update && "${apt[@]}" --download-only upgrade; } >"$work/log" 2>&1 || return 1
+    as_root cp -r "$updates/lists/." "$work/root/var/lib/apt/lists/"
+    as_root cp -r "$updates/archives/." "$work/root/var/cache/apt/archives/"
+    as_root chroot "$work/root" env DEBIAN_FRONTEND=noninteractive apt-get -q -y --no-download upgrade >"$work/log" 2>&1
 }
 
 from_debootstrap() {
-    command -v apt-get >/dev/null || die "no registry answered within $PULL_WAIT_S s, and without apt there is no debootstrap;
-get debian:$SUITE-slim onto this machine ('docker load' of a saved one will do), then run this again"
-    local mirror signed=""
-    mirror="${ESTIBA_DEBIAN_MIRROR:-$(mirror_here)}"
-    [ -n "$mirror" ] || die "no registry answered within $PULL_WAIT_S s, and this machine's apt sources name no mirror of $SUITE;
+    command -v apt-get >/dev/null || die "no registry answered within $PULL_WAIT_S s, and debootstrap needs apt;
+load debian:$SUITE-slim on this machine (docker save, docker load), then run this again"
+    local sources mirror signed=""
+    sources="$(sources_here)"
+    if [ -n "${ESTIBA_DEBIAN_MIRROR:-}" ]; then
+        sources="$(printf '%s\n' "$SUITE|$ESTIBA_DEBIAN_MIRROR|" "$SUITE-updates|$ESTIBA_DEBIAN_MIRROR|" \
+            ${ESTIBA_DEBIAN_SECURITY_MIRROR:+"$SUITE-security|$ESTIBA_DEBIAN_SECURITY_MIRROR|"})"
+    fi
+    grep -q "^$SUITE-security|" <<<"$sources" ||
+        say "no $SUITE-security in this machine's apt sources, so the image lacks security updates; add it to them, or set
+ESTIBA_DEBIAN_MIRROR and ESTIBA_DEBIAN_SECURITY_MIRROR"
+    mirror="$(sed -n "s/^$SUITE|//p" <<<"$sources" | head -n 1)"
+    [ -n "$mirror" ] || die "no registry answered within $PULL_WAIT_S s, and this machine's apt sources have no mirror of $SUITE;
 set ESTIBA_DEBIAN_MIRROR to one"
     case "$mirror" in *"|/"*) signed="${mirror#*|}" ;; esac
     mirror="${mirror%%|*}"
@@ -82,17 +121,20 @@ set ESTIBA_DEBIAN_MIRROR to one"
     say "no registry answered within $PULL_WAIT_S s; debootstrap $SUITE from this machine's mirror (about a minute)"
     as_root env PATH="/usr/sbin:/sbin:$PATH" debootstrap --variant=minbase --include="$PACKAGES,$COMPILER" \
         ${signed:+--keyring="$signed"} "$SUITE" "$work/root" "$mirror" >"$work/log" 2>&1 ||
-        { tail -n 20 "$work/log" >&2; die "debootstrap failed (its words are above)"; }
+        { tail -n 20 "$work/log" >&2; die "debootstrap failed (its output is above)"; }
+
+    upgrade_root "$sources" ||
+        { tail -n 20 "$work/log" >&2; die "the security updates could not be installed (apt's output is above)"; }
     as_root chroot "$work/root" sh -ec "$SLIM"
     import_root "$BUILD_IMAGE"
-    # What is not asked for by name, nor required by Debian, came with the compiler and goes with it.
+    # Packages that are neither listed above nor required by Debian came with the compiler; remove them with it.
     as_root chroot "$work/root" sh -ec "
         export DEBIAN_FRONTEND=noninteractive
         apt-mark auto \$(dpkg-query -W -f '\${Package} ') >/dev/null
         apt-mark manual apt ${PACKAGES//,/ } \
             \$(dpkg-query -W -f '\${Package} \${Priority}\n' | sed -n 's/ required\$//p') >/dev/null
         apt-get -q autoremove --purge -y
-        $SLIM" >"$work/log" 2>&1 || { tail -n 20 "$work/log" >&2; die "removing the compiler failed (its words are above)"; }
+        $SLIM" >"$work/log" 2>&1 || { tail -n 20 "$work/log" >&2; die "removing the compiler failed (its output is above)"; }
     import_root "$IMAGE"
 }
 

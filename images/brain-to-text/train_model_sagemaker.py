@@ -1,6 +1,6 @@
-"""The guide's entry point: `python train_model_sagemaker.py --s3-bucket …` is `python -m brain_to_text …`."""
+"""The guide's entry point: `python train_model_sagemaker.py --s3-bucket ...` is `python -m brain_to_text ...`."""
 
-from brain_to_text.__main__ import main
+import runpy
 
 if __name__ == "__main__":
-    main()
+    runpy.run_module("brain_to_text", run_name="__main__", alter_sys=False)

@@ -1,8 +1,9 @@
-"""One small error tree; every message says what, the value seen and what to do, and carries its exit code."""
+"""The errors of the launcher. A message names the problem, the value and the remedy; each class has an exit code."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 EXIT_DONE = 0
@@ -13,13 +14,15 @@ EXIT_INTERRUPTED = 4
 
 
 class LaunchError(Exception):
-    """Something a person can put right; printed without a traceback."""
+    """An error that the user can fix; printed without a traceback."""
 
     exit_code = EXIT_INVALID
+    transient = False
+    """Trying again may help: a network outage, throttling."""
 
 
 class BudgetError(LaunchError):
-    """The job may cost more than the person said it may."""
+    """The job may cost more than --max-cost."""
 
     exit_code = EXIT_OVER_BUDGET
 
@@ -31,13 +34,13 @@ class JobFailed(LaunchError):
 
 
 class HostError(LaunchError):
-    """The machine under the job failed (engine gone, disk full, store unreachable), not the job itself."""
+    """The machine or a service failed, not the job: engine gone, disk full, store unreachable."""
 
     exit_code = EXIT_JOB_FAILED
 
 
 class AwsUnavailable(HostError):
-    """AWS cannot be reached, does not know us, or refuses; the job file itself may be good."""
+    """AWS is unreachable, rejects the credentials, or refuses the call. The job file may be valid."""
 
 
 VALUE_SHOWN_CHARS = 100
@@ -45,39 +48,46 @@ VALUE_SHOWN_CHARS = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One thing wrong with a job file."""
+    """One error in a job file."""
 
     field: str
     """Path in the request, e.g. `InputDataConfig[0].ChannelName`."""
     rule: str
-    """What the API (or Estiba) asks for."""
+    """What the API or Estiba requires."""
     remedy: str
     """What to change."""
     value: object = None
-    """What was found; None where nothing was found or where it must not be shown."""
+    """The value in the file; None if there is none, or if it must not be shown."""
     secret: bool = False
-    """True hides the value, whatever it is."""
+    """True hides the value."""
     written: str | None = None
     """The text in the file before its `${VARIABLES}` were filled in, when that differs."""
 
     def __str__(self) -> str:
-        seen = ""
+        shown = ""
         if self.secret:
-            seen = " (value hidden)"
+            shown = " (value hidden)"
         elif self.value is not None:
             text = repr(self.value)
-            shown = text if len(text) <= VALUE_SHOWN_CHARS else f"{text[:VALUE_SHOWN_CHARS]}… ({len(text)} characters)"
-            seen = f" = {shown}"
+            if len(text) > VALUE_SHOWN_CHARS:
+                text = f"{text[:VALUE_SHOWN_CHARS]}… ({len(text)} characters)"
+            shown = f" = {text}"
             if self.written:
-                seen += f", written {self.written}"
-        return f"{self.field}{seen}: {self.rule}; {self.remedy}"
+                shown += f", from {self.written}"
+        return f"{self.field}{shown}: {self.rule}; {self.remedy}"
 
 
 class InvalidJob(LaunchError):
-    """A job file that must not be sent, with every problem at once."""
+    """An invalid job file, with all its problems."""
 
     def __init__(self, source: str, problems: Sequence[Problem]) -> None:
         self.source = source
         self.problems = tuple(problems)
         count = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}"
         super().__init__("\n".join([f"{source}: {count}", *(f"  {problem}" for problem in self.problems)]))
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The remedy for an unknown name: the nearest known one, else `otherwise`."""
+    nearest = difflib.get_close_matches(name, list(known), 1)
+    return f"did you mean {nearest[0]}?" if nearest else otherwise

@@ -1,8 +1,8 @@
-"""The job layer: what every Estiba image knows about the place it runs in.
+"""The job layer of every Estiba image.
 
-Read in this order: `errors`, `contract` (where things are), `config` (what was asked), `stop` (how long is left),
-`store` (bytes, by URL), `checkpoint` (bytes that verify), `progress` (what it is doing), `workload` (one run of a
-workload), `entry` (PID 1).
+Read in this order: `errors`, `platform/contract` (the job's directories), `config` (its settings), `platform/stop` (how
+many seconds are left), `storage` (bytes by URL), `checkpoint` (bytes that verify), `progress` and `log`,
+`platform/workload` (the entry point of an image), `platform/entry` (PID 1), `training` (fit, trainer, task).
 """
 
 __version__ = "0.1.0"

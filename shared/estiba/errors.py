@@ -1,39 +1,52 @@
-"""The errors a person is meant to read: what, the value seen, and what to do about it."""
+"""Errors for users. Each says what is wrong, the value seen, and the remedy."""
 
 from __future__ import annotations
 
 import signal
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's message, cut at 300 characters; its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 class EstibaError(Exception):
-    """A failed job, explained in one message. `exit_code` is what the process ends with."""
+    """A failure that one message explains. The process ends with `exit_code`."""
 
     exit_code = 1
 
 
 class ConfigError(EstibaError):
-    """Something was asked for that cannot be: a flag, a hyperparameter, a path, a channel."""
+    """A flag, hyperparameter, path or channel that cannot be used."""
 
     exit_code = 2
 
 
 class DataError(EstibaError):
-    """The input is not what the job needs: a missing column, a corrupt file, nothing to do."""
+    """Input that the job cannot use: a missing column, a corrupt file, no rows."""
 
 
 class StoreError(EstibaError):
-    """Bytes could not be read or written: no such object, no permission, no space, no answer."""
+    """Storage that cannot be read or written: object missing, access denied, disk full, no response."""
+
+
+class ObjectChangedError(StoreError):
+    """An object that is no longer the version that was asked for: replaced, or deleted."""
 
 
 class CheckpointError(EstibaError):
-    """Saved work could not be used or saved."""
+    """A checkpoint that cannot be read or written."""
+
+
+class NewerFormatError(CheckpointError):
+    """A checkpoint that a newer version wrote. It is intact, so it is neither quarantined nor passed over."""
 
 
 class Interrupted(EstibaError):
-    """The job was asked to stop and did. What it committed is durable; running it again goes on from there.
+    """The job stopped on request. Committed work is durable, and the next run resumes from it.
 
-    Ends with 128 + the signal, so that nothing takes an unfinished job for a finished one. A stop without a signal
-    (the runtime limit, a spot notice) counts as SIGTERM.
+    The process ends with 128 + the signal, so that an unfinished job is never mistaken for a finished one. A stop
+    without a signal (the runtime limit, a spot notice) counts as SIGTERM.
     """
 
     def __init__(self, message: str, signum: int | None = None) -> None:

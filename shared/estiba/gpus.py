@@ -1,4 +1,4 @@
-"""GPUs as their data sheets have them."""
+"""GPU specifications from NVIDIA's data sheets."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """One kind of GPU."""
+    """One GPU model."""
 
     name: str
     pattern: str
-    """What the name that the driver reports, or that a person writes, looks like, without spaces and dashes."""
+    """Regular expression for the GPU's name in upper case, without spaces, dashes and underscores."""
     peak_flops: float
-    """A second, dense matrix products in bfloat16, or float16 where there is no bfloat16, summed in float32."""
+    """Dense FLOP/s in bfloat16, or float16 on older GPUs, with float32 accumulation."""
     memory_bytes: int
 
 
@@ -46,10 +46,10 @@ DEVICES = (
     _device("V100-16GB", r"V100", 125, 16),
     _device("T4", r"T4(?!\d)", 65, 16),
 )
-"""The first whose pattern is found. Peaks are of NVIDIA's data sheets, without sparsity."""
+"""The first whose pattern matches is used. Peaks are from NVIDIA's data sheets, without sparsity."""
 
 
 def find_device(name: str) -> Device | None:
-    """The data sheet of "A100-80GB" or "NVIDIA A100-SXM4-80GB"; None where there is none here."""
-    plain = re.sub(r"[\s_-]", "", name.upper())
-    return next((device for device in DEVICES if re.search(device.pattern, plain)), None)
+    """Return the specifications of "A100-80GB" or "NVIDIA A100-SXM4-80GB"; None for an unknown GPU."""
+    normalized = re.sub(r"[\s_-]", "", name.upper())
+    return next((device for device in DEVICES if re.search(device.pattern, normalized)), None)

@@ -1,4 +1,4 @@
-"""What this hour costs, if the instance type is known: an estimate from a dated table, never a bill."""
+"""Hourly prices of known instance types: an estimate from a dated table, not a bill."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ from pathlib import Path
 class Price:
     usd_per_h: float
     date: str
-    """Of the table, or "given" for ESTIBA_PRICE_USD_PER_H."""
+    """The date of the price, or "given" if ESTIBA_PRICE_USD_PER_H is set."""
 
 
 def price_of(instance_type: str | None, environ: Mapping[str, str] = os.environ) -> Price | None:
-    """On-demand price of one host of this type, or None. ESTIBA_PRICE_USD_PER_H is believed before the table."""
-    given = environ.get("ESTIBA_PRICE_USD_PER_H", "").strip()
-    if given:
+    """Return the on-demand price of one host, or None for an unknown type. ESTIBA_PRICE_USD_PER_H takes precedence."""
+    override = environ.get("ESTIBA_PRICE_USD_PER_H", "").strip()
+    if override:
         try:
-            return Price(usd_per_h=float(given), date="given")
+            return Price(usd_per_h=float(override), date="given")
         except ValueError:
             return None
     if not instance_type:
         return None
+    # scripts/derive_prices.py writes this file from the launcher's table.
     table = json.loads((Path(__file__).parent / "prices.json").read_text())
-    price = table["usd_per_h"].get(instance_type if instance_type.startswith("ml.") else f"ml.{instance_type}")
-    return None if price is None else Price(usd_per_h=price, date=table["date"])
+    name = instance_type if instance_type.startswith("ml.") else f"ml.{instance_type}"
+    if name not in table["usd_per_h"]:
+        return None
+    return Price(usd_per_h=table["usd_per_h"][name], date=table["dates"].get(name, table["date"]))

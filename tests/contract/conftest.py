@@ -1,4 +1,4 @@
-"""What the contract's checks share: every built image, its prepared jobs, and the runs that several checks look at.
+"""Shared by the contract's checks: every built image, its jobs, and the runs that several checks inspect.
 
 The folder is the registry: an image is checked because images/<name>/Dockerfile exists, and fails if it is not built.
 """
@@ -15,11 +15,13 @@ import pytest
 
 from contract.checks import NewTree, run_job
 from contract.containers import Ended, Image, Tree, client_of_session
-from contract.workloads import WORKLOADS, Prepared
+from contract.workloads import Prepared, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 LABEL = f"estiba.contract-{os.getpid()}"
 TIMEOUT_S = 600
+JOB_LAYER = ("test_processes", "test_script_mode")
+"""Checks of the parts that every image gets unchanged from images/common.Dockerfile."""
 
 
 def image_names() -> list[str]:
@@ -28,11 +30,24 @@ def image_names() -> list[str]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--tag", default="local", help="check estiba/<name>:TAG")
+    parser.addoption("--image", action="append", choices=image_names(), help="check this image only; may be repeated")
+    parser.addoption(
+        "--job-layer-on", choices=image_names(), help="check what all images have in common only if IMAGE is this one"
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    images = config.getoption("--image") or image_names()
+    chosen = config.getoption("--job-layer-on")
+    if collection_path.stem in JOB_LAYER and chosen is not None and chosen not in images:
+        return True
+    return True if collection_path.stem == "test_several_hosts" and "multinode" not in images else None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "image_name" in metafunc.fixturenames:
-        metafunc.parametrize("image_name", image_names(), scope="session")
+        names = metafunc.config.getoption("--image") or image_names()
+        metafunc.parametrize("image_name", names, scope="session")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -65,21 +80,21 @@ def image(client: docker.DockerClient, image_name: str, pytestconfig: pytest.Con
 @pytest.fixture(scope="session")
 def prepared(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     """The image's jobs, small enough for these checks."""
-    if image.name not in WORKLOADS:
-        pytest.fail(f"tests/contract/workloads.py has no row for {image.name}; add one that says how to run it fast")
+    if not (ROOT / "tests/images" / image.name / "contract.py").is_file():
+        pytest.fail(f"tests/images/{image.name}/contract.py is missing; it defines a quick job of the image")
     folder = tmp_path_factory.mktemp(f"prepared-{image.name}")
-    os.chmod(folder, 0o755)  # any user of a container may read it  # noqa: S103
-    return WORKLOADS[image.name](image, folder)
+    os.chmod(folder, 0o755)  # readable by any user of a container  # noqa: S103
+    return prepare(image, folder)
 
 
 @pytest.fixture
 def new_tree(tmp_path: Path) -> NewTree:
     """new_tree(channels=…): another job's /opt/ml."""
-    made: list[Tree] = []
+    trees: list[Tree] = []
 
     def make(channels: Mapping[str, Path] | None = None) -> Tree:
-        made.append(Tree(root=tmp_path / f"tree-{len(made)}", channels=channels or {}).make())
-        return made[-1]
+        trees.append(Tree(root=tmp_path / f"tree-{len(trees)}", channels=channels or {}).make())
+        return trees[-1]
 
     return make
 

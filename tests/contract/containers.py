@@ -1,4 +1,4 @@
-"""Containers of one image, and the `/opt/ml` tree of a job as it lies on this host."""
+"""Containers of one image, and the `/opt/ml` tree of a job on this host."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ import docker.errors
 from docker.models.containers import Container
 
 WAIT_S = 300.0
-"""No container of these tests has a reason to live longer, on however busy a machine."""
+"""No container of these tests runs longer, even on a busy machine."""
 AT_ONCE = 2
 """Containers that do real work at the same time."""
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
-"""On tiny tensors threads only wait for one another, on a busy machine for long."""
+"""With tiny tensors, more threads only wait for each other."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tree:
-    """One job's `/opt/ml`: what is mounted into its container. Everything in it can be read by any user."""
+    """One job's `/opt/ml`, as it is mounted into its container. Any user can read it."""
 
     root: Path
     channels: Mapping[str, Path] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Tree:
         resources: Mapping[str, Any] | None = None,
         inputs: Mapping[str, Any] | None = None,
     ) -> Tree:
-        """The files of `input/config`; text is written as it is."""
+        """Write the files of `input/config`; a string is written unchanged."""
         for name, value in (
             ("hyperparameters", hyperparameters),
             ("resourceconfig", resources),
@@ -77,34 +77,34 @@ class Tree:
         return self
 
     def binds(self) -> dict[str, dict[str, str]]:
-        places = {
+        mounts = {
             self.config: ("/opt/ml/input/config", "ro"),
             self.output: ("/opt/ml/output", "rw"),
             self.model: ("/opt/ml/model", "rw"),
             self.checkpoints: ("/opt/ml/checkpoints", "rw"),
         }
         if self.code.is_dir():
-            places[self.code] = ("/opt/ml/code", "rw")
-        places |= {path: (f"/opt/ml/input/data/{name}", "ro") for name, path in self.channels.items()}
-        return {str(path.resolve()): {"bind": bind, "mode": mode} for path, (bind, mode) in places.items()}
+            mounts[self.code] = ("/opt/ml/code", "rw")
+        mounts |= {path: (f"/opt/ml/input/data/{name}", "ro") for name, path in self.channels.items()}
+        return {str(path.resolve()): {"bind": bind, "mode": mode} for path, (bind, mode) in mounts.items()}
 
     @property
     def failure(self) -> str | None:
-        """What SageMaker would show: the failure file, or None where there is none."""
+        """The failure file, which SageMaker shows, or None if there is none."""
         path = self.output / "failure"
         return path.read_text(encoding="utf-8") if path.is_file() else None
 
     def results(self, ignore: Sequence[str] = ()) -> dict[str, bytes]:
-        """Every file that the job gives, by its path; `ignore` are name patterns of files that tell times."""
-        found = {}
+        """Every file that the job wrote, by its path. `ignore` holds name patterns of files that contain times."""
+        contents = {}
         for folder in (self.output / "data", self.model):
             for path in sorted(folder.rglob("*")):
                 if path.is_file() and not any(path.match(pattern) for pattern in ignore):
-                    found[path.relative_to(self.root).as_posix()] = path.read_bytes()
-        return found
+                    contents[path.relative_to(self.root).as_posix()] = path.read_bytes()
+        return contents
 
     def on_a_new_host(self, root: Path) -> Tree:
-        """What a job finds after a spot interruption on SageMaker: its checkpoints copied back, and nothing else."""
+        """The tree after a spot interruption on SageMaker: only the checkpoints are restored."""
         tree = Tree(root=root, channels=self.channels).make()
         shutil.copytree(self.config, tree.config, dirs_exist_ok=True)
         shutil.copytree(self.checkpoints, tree.checkpoints, dirs_exist_ok=True, copy_function=shutil.copy)
@@ -119,7 +119,7 @@ class Ended:
     out: str
     err: str
     seconds: float
-    """From start to end, as the engine tells it."""
+    """From start to end, as the engine reports it."""
     tree: Tree | None
     settings: Mapping[str, Any]
     """The engine's HostConfig."""
@@ -146,18 +146,18 @@ class Running:
         return text.decode("utf-8", "replace")
 
     def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = WAIT_S) -> None:
-        """Until `condition`, looked at often. Fails when the container ends before."""
-        started = looked = time.monotonic()
+        """Wait for `condition`. Fails if the container ends first."""
+        started = checked = time.monotonic()
         while not condition():
             now = time.monotonic()
-            if now - looked > 1.0:
-                looked = now
+            if now - checked > 1.0:
+                checked = now
                 assert self.is_running or condition(), f"ended before {what}; its log:\n{self.log()}"
                 assert now - started < timeout_s, f"not {what} within {timeout_s:.0f} s; its log:\n{self.log()}"
             time.sleep(0.02)
 
     def wait_for_line(self, text: str) -> None:
-        self.wait_until(lambda: text in self.log(), f"saying {text!r}")
+        self.wait_until(lambda: text in self.log(), f"logging {text!r}")
 
     def signal(self, name: str) -> None:
         """`docker kill -s NAME`."""
@@ -170,7 +170,7 @@ class Running:
         return time.monotonic() - started
 
     def end(self, timeout_s: float = WAIT_S) -> Ended:
-        """Wait for the end; what there is then is read once and kept."""
+        """Wait for the end, then read the logs and the state."""
         code = int(self.container.wait(timeout=timeout_s)["StatusCode"])
         self.container.reload()
         state = self.container.attrs["State"]
@@ -187,7 +187,7 @@ class Running:
 
 
 class Image:
-    """Starts containers of one image, and removes them when the session ends."""
+    """Starts containers of one image. They are removed when the session ends."""
 
     def __init__(self, client: docker.DockerClient, name: str, tag: str, label: str) -> None:
         self.client = client
@@ -205,7 +205,7 @@ class Image:
         network: str = "none",
         **options: Any,
     ) -> Running:
-        """`docker run -d IMAGE [COMMAND]`. None sends no command at all, so that the image's own CMD counts."""
+        """`docker run -d IMAGE [COMMAND]`. None sends no command, so that the image's own CMD is used."""
         run: Any = self.client.containers.run  # its types list every option of the engine
         container = run(
             self.reference,
@@ -223,15 +223,15 @@ class Image:
         """`docker run IMAGE [COMMAND]`, to the end."""
         return self.start(command, **options).end()
 
-    def tell(self, command: Sequence[str], **options: Any) -> str:
-        """What a command in this image prints. It must succeed."""
+    def output_of(self, command: Sequence[str], **options: Any) -> str:
+        """The output of a command in this image. It must succeed."""
         ended = self.run(command, **options)
         assert ended.code == 0, ended.log
         return ended.out
 
 
 def together(*calls: Callable[[], Any]) -> list[Any]:
-    """Do these two at a time; most of a small job is one thread loading libraries."""
+    """Make the calls, two at a time: a small job mostly loads libraries in one thread."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return [future.result() for future in [pool.submit(call) for call in calls]]
 
@@ -253,6 +253,6 @@ def client_of_session(label: str) -> Iterator[docker.DockerClient]:
 
 
 def _seconds_of(stamp: str) -> float:
-    """RFC 3339 with nanoseconds, as the engine writes times."""
+    """Parse the engine's time format, RFC 3339 with nanoseconds."""
     whole, _, fraction = stamp.removesuffix("Z").partition(".")
     return time.mktime(time.strptime(whole, "%Y-%m-%dT%H:%M:%S")) + float(f"0.{fraction or 0}")

@@ -1,4 +1,4 @@
-"""However a job is started and its settings are said, it is the same job; what cannot be is refused by name."""
+"""A job is the same however it is started and configured; mistakes are refused by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from contract.workloads import Job, Prepared, as_environment, as_flags, as_json_
 
 @pytest.fixture(scope="session")
 def other_ways(image: Image, prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
-    """The quick job, started in every way but that of `plain`."""
+    """The quick job, started in every way except that of `plain`, which sends no command."""
 
     def new_tree() -> Tree:
         return Tree(root=tmp_path_factory.mktemp(f"ways-{image.name}"), channels=prepared.quick.channels).make()
@@ -35,7 +35,7 @@ def other_ways(image: Image, prepared: Prepared, tmp_path_factory: pytest.TempPa
 
 
 @pytest.mark.parametrize("way", ["train", "flags", "environment"])
-def test_every_way_to_say_a_job_gives_the_same_bytes(
+def test_every_way_to_start_a_job_gives_the_same_bytes(
     way: str, other_ways: dict[str, Ended], plain: Ended, prepared: Prepared
 ) -> None:
     """`plain` has no command and plain strings; `train` has hyperparameters in JSON, as AWS's older SDK sends them."""
@@ -43,10 +43,10 @@ def test_every_way_to_say_a_job_gives_the_same_bytes(
     assert_same(results_of(other_ways[way], prepared.ignore), results_of(plain, prepared.ignore))
 
 
-def test_a_flag_is_stronger_than_the_environment_and_that_than_a_hyperparameter(
+def test_a_flag_beats_a_variable_and_a_variable_beats_a_hyperparameter(
     image: Image, prepared: Prepared, new_tree: NewTree
 ) -> None:
-    """Seen in who is blamed: only the value that counts is looked at."""
+    """The error shows which value was used."""
     name, value = prepared.ill_typed
     good = {name: prepared.quick.settings[name]}
     weak = new_tree().write_config(hyperparameters=as_json_strings({name: f"{value}-1"}))
@@ -88,7 +88,7 @@ def test_a_value_of_the_wrong_type_is_refused_with_what_to_do(
     assert_refused(ended, spelt, repr(value), "give another value or leave it out")
 
 
-def test_all_mistakes_are_said_at_once(image: Image, prepared: Prepared, tree: Tree) -> None:
+def test_all_mistakes_are_reported_at_once(image: Image, prepared: Prepared, tree: Tree) -> None:
     (name, value), (misspelt, _) = prepared.ill_typed, prepared.misspelt
     assert_refused(image.run([*as_flags({name: value}), f"--{misspelt}", "1"], tree=tree), repr(value), f"--{misspelt}")
 
@@ -103,7 +103,7 @@ def test_all_mistakes_are_said_at_once(image: Image, prepared: Prepared, tree: T
         ("script and flags", "SAGEMAKER_PROGRAM"),
     ],
 )
-def test_what_the_platform_would_not_send_is_refused(what: str, says: str, image: Image, tree: Tree) -> None:
+def test_a_request_that_no_platform_sends_is_refused(what: str, says: str, image: Image, tree: Tree) -> None:
     if what == "hyperparameters":
         ended = image.run(tree=tree.write_config(hyperparameters="{'model': 1}"))
     elif what == "resourceconfig":
@@ -118,7 +118,7 @@ def test_what_the_platform_would_not_send_is_refused(what: str, says: str, image
 
 
 def test_a_job_that_cannot_be_done_is_refused(image: Image, prepared: Prepared, tmp_path: Path) -> None:
-    """Each image's own mistakes: no channel, no model. Without a network they end in seconds, not after retries."""
+    """Mistakes specific to an image: no channel, no model. Without a network they fail in seconds, without retries."""
 
     def run(index: int) -> Ended:
         refusal = prepared.refusals[index]
@@ -129,11 +129,11 @@ def test_a_job_that_cannot_be_done_is_refused(image: Image, prepared: Prepared, 
         )
         return image.run(tree=tree_of(job, tmp_path / str(index)))
 
-    assert prepared.refusals, "tests/contract/workloads.py names no mistakes for this image"
+    assert prepared.refusals, "the image's contract.py lists no refusals"
     endings = together(*[lambda index=index: run(index) for index in range(len(prepared.refusals))])
     for refusal, ended in zip(prepared.refusals, endings, strict=True):
         print(refusal.what, f"{ended.seconds:.1f} s")
-        assert_refused(ended, *refusal.says)
+        assert_refused(ended, *refusal.says, code=refusal.code)
         assert ended.seconds < 60
 
 
@@ -145,16 +145,16 @@ def test_help_lists_every_setting(image: Image, prepared: Prepared, tree: Tree) 
     assert tree.failure is None
 
 
-def test_a_failure_of_an_earlier_attempt_is_forgotten(image: Image, prepared: Prepared, tree: Tree) -> None:
-    """On the same host the file is still there, and would be shown as this attempt's."""
+def test_the_failure_file_of_an_earlier_attempt_is_removed(image: Image, prepared: Prepared, tree: Tree) -> None:
+    """On the same host the file still exists, and would be reported as this attempt's."""
     assert image.run([f"--{prepared.misspelt[0]}", "1"], tree=tree).code == 2
     assert tree.failure
     assert image.run(["bash", "-c", "true"], tree=tree).code == 0
     assert tree.failure is None
 
 
-def test_settings_are_not_taken_from_another_programs_variables(image: Image, tree: Tree) -> None:
-    """What SageMaker itself sets must not be mistaken for a setting."""
+def test_the_platforms_own_variables_are_not_settings(image: Image, tree: Tree) -> None:
+    """SageMaker sets variables whose names resemble settings."""
     platform = {
         "TRAINING_JOB_NAME": "embed-1",
         "TRAINING_JOB_ARN": "arn:aws:sagemaker:us-east-1:210987654321:training-job/embed-1",

@@ -1,4 +1,4 @@
-"""What a run says: nothing to worry about when all is well, plain lines off a terminal, a bar on one."""
+"""The log: no warnings in a healthy run, plain lines without a terminal, a progress bar on one."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from contract.workloads import Prepared
 ALARMING = re.compile(r"warning|deprecat|traceback|exception|\berror\b", re.IGNORECASE)
 
 COLUMNS = (100, 0)
-"""0 is what `docker run -t` has when its own output is no terminal, and compose's `tty: true`."""
+"""The width is 0 under `docker run -t` if its output is not a terminal, and under compose's `tty: true`."""
 
 
-def test_a_healthy_run_says_nothing_alarming(plain: Ended) -> None:
+def test_a_healthy_run_logs_no_warning(plain: Ended) -> None:
     assert [line for line in plain.log.splitlines() if ALARMING.search(line)] == []
-    assert plain.log.strip(), "a job that says nothing cannot be followed"
+    assert plain.log.strip(), "the job logs nothing"
 
 
 def test_a_healthy_run_leaves_no_failure_file(plain: Ended) -> None:
@@ -27,8 +27,8 @@ def test_a_healthy_run_leaves_no_failure_file(plain: Ended) -> None:
     assert plain.tree.failure is None
 
 
-def test_off_a_terminal_the_log_is_plain_lines(plain: Ended) -> None:
-    """Log collectors split at line feeds: a bar would be one endless line, colours would be rubbish."""
+def test_without_a_terminal_the_log_is_plain_lines(plain: Ended) -> None:
+    """Log collectors split at line feeds: a bar would be one endless line, and colour codes are noise."""
     assert "\r" not in plain.log
     assert "\x1b" not in plain.log
     assert plain.log.endswith("\n")

@@ -1,4 +1,4 @@
-"""A job that is stopped or killed goes on from what it committed, and ends with the same bytes as one that was not."""
+"""A job that is stopped or killed resumes from its committed work and ends with the bytes of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Stopped:
     ended: Ended
     tree: Tree
     failure: str | None
-    """The failure file as it was then."""
+    """The failure file after the interruption."""
     seconds: float
     """From the signal to the end."""
 
@@ -38,20 +38,20 @@ CODES = {"TERM": 143, "INT": 130, "KILL": 137}
 
 
 def interrupt(image: Image, prepared: Prepared, tree: Tree, how: Callable[[Running], object]) -> Stopped:
-    """The slow job, interrupted once it has committed a little more than what was there."""
+    """The slow job, interrupted once it has committed new work."""
     enough = prepared.commits(tree.checkpoints) + prepared.commits_before_a_signal
     running = image.start(tree=tree)
     running.wait_until(lambda: prepared.commits(tree.checkpoints) >= enough, "committed enough")
     signalled = time.monotonic()
     how(running)
     ended = running.end()
-    assert ended.code != 0, "the slow job ended before it was interrupted; make it slower in workloads.py"
+    assert ended.code != 0, "the slow job ended before it was interrupted; make it slower in contract.py"
     return Stopped(ended=ended, tree=tree, failure=tree.failure, seconds=time.monotonic() - signalled)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Voyage:
-    """A job that was interrupted, and the same job started again."""
+class Resumption:
+    """A job that was interrupted, and the same job run again."""
 
     stopped: Stopped
     resumed: Ended
@@ -63,53 +63,54 @@ def uninterrupted(image: Image, prepared: Prepared, tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture(scope="session")
-def voyages(image: Image, prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Voyage]:
-    """The slow job, interrupted in its middle in each of the ways, and resumed on the same host."""
+def resumptions(image: Image, prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Resumption]:
+    """The slow job, interrupted half-way by each signal and resumed on the same host."""
 
-    def sail(name: str, root: Path) -> Voyage:
+    def run(name: str, root: Path) -> Resumption:
         stopped = interrupt(image, prepared, tree_of(prepared.slow, root), INTERRUPTIONS[name])
-        return Voyage(stopped=stopped, resumed=image.run(tree=stopped.tree))
+        return Resumption(stopped=stopped, resumed=image.run(tree=stopped.tree))
 
-    def call(name: str) -> Callable[[], Voyage]:
-        root = tmp_path_factory.mktemp(f"voyage-{image.name}")
-        return lambda: sail(name, root)
+    def call(name: str) -> Callable[[], Resumption]:
+        root = tmp_path_factory.mktemp(f"resumption-{image.name}")
+        return lambda: run(name, root)
 
     return dict(zip(INTERRUPTIONS, together(*map(call, INTERRUPTIONS)), strict=True))
 
 
 @pytest.mark.parametrize("name", ["TERM", "INT"])
-def test_a_stopped_job_says_what_is_safe_and_how_to_go_on(name: str, voyages: dict[str, Voyage]) -> None:
-    stopped = voyages[name].stopped
+def test_a_stopped_job_says_what_is_saved_and_how_to_resume(name: str, resumptions: dict[str, Resumption]) -> None:
+    stopped = resumptions[name].stopped
     assert stopped.ended.code == CODES[name], stopped.ended.log
     assert f"SIG{name} received" in stopped.ended.log
     assert "Traceback" not in stopped.ended.log
-    assert re.match(rf"stopped by SIG{name}: .*; run the same command again to go on$", (stopped.failure or "").strip())
+    advice = "run the same command again to resume"
+    assert re.match(rf"stopped by SIG{name}: .*; {advice}$", (stopped.failure or "").strip())
 
 
 @pytest.mark.parametrize("name", ["TERM", "INT"])
-def test_a_signal_ends_the_job_within_seconds(name: str, voyages: dict[str, Voyage]) -> None:
-    """Of the 120 that SageMaker gives."""
-    assert voyages[name].stopped.ended.code == CODES[name]
-    assert voyages[name].stopped.seconds < SOON_S
+def test_a_signal_ends_the_job_within_seconds(name: str, resumptions: dict[str, Resumption]) -> None:
+    """SageMaker allows 120."""
+    assert resumptions[name].stopped.ended.code == CODES[name]
+    assert resumptions[name].stopped.seconds < SOON_S
 
 
 @pytest.mark.parametrize("name", INTERRUPTIONS)
 def test_an_interrupted_job_ends_with_the_same_bytes(
-    name: str, prepared: Prepared, voyages: dict[str, Voyage], uninterrupted: Ended
+    name: str, prepared: Prepared, resumptions: dict[str, Resumption], uninterrupted: Ended
 ) -> None:
-    voyage = voyages[name]
-    assert voyage.stopped.ended.code == CODES[name], voyage.stopped.ended.log
-    assert voyage.resumed.code == 0, voyage.resumed.log
-    assert prepared.resumed.search(voyage.resumed.log), f"nothing was taken up again:\n{voyage.resumed.log}"
-    assert_same(results_of(voyage.resumed, prepared.ignore), results_of(uninterrupted, prepared.ignore))
-    assert voyage.resumed.tree is not None
-    assert voyage.resumed.tree.failure is None
+    resumption = resumptions[name]
+    assert resumption.stopped.ended.code == CODES[name], resumption.stopped.ended.log
+    assert resumption.resumed.code == 0, resumption.resumed.log
+    assert prepared.resumed.search(resumption.resumed.log), f"nothing was resumed:\n{resumption.resumed.log}"
+    assert_same(results_of(resumption.resumed, prepared.ignore), results_of(uninterrupted, prepared.ignore))
+    assert resumption.resumed.tree is not None
+    assert resumption.resumed.tree.failure is None
 
 
 def test_a_job_killed_twice_on_changing_hosts_ends_with_the_same_bytes(
     image: Image, prepared: Prepared, uninterrupted: Ended, tmp_path: Path
 ) -> None:
-    """As on SageMaker's spot hosts: only the checkpoints come along. The second kill hits what the first resume did."""
+    """As on spot hosts of SageMaker, where only the checkpoints survive. The second kill hits the first resume."""
     tree = tree_of(prepared.slow, tmp_path / "0")
     for attempt in (1, 2):
         stopped = interrupt(image, prepared, tree, INTERRUPTIONS["KILL"])
@@ -118,12 +119,12 @@ def test_a_job_killed_twice_on_changing_hosts_ends_with_the_same_bytes(
         assert tree.results() == {}
     ended = image.run(tree=tree)
     assert ended.code == 0, ended.log
-    assert prepared.resumed.search(ended.log), f"nothing was taken up again:\n{ended.log}"
+    assert prepared.resumed.search(ended.log), f"nothing was resumed:\n{ended.log}"
     assert_same(tree.results(prepared.ignore), results_of(uninterrupted, prepared.ignore))
 
 
-def test_a_job_that_is_complete_does_nothing_again(image: Image, prepared: Prepared, uninterrupted: Ended) -> None:
-    """A platform may start a job once more after its end; its results stay, and so do their bytes."""
+def test_a_complete_job_computes_nothing_again(image: Image, prepared: Prepared, uninterrupted: Ended) -> None:
+    """A platform may start a job again after its end. The results keep their bytes."""
     assert uninterrupted.tree is not None
     before = results_of(uninterrupted, prepared.ignore)
     ended = image.run(tree=uninterrupted.tree)

@@ -1,4 +1,4 @@
-"""In every image: what the base owns is as the base had it, and any user can work."""
+"""In every image: the base's packages are unchanged, and any user can work."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STRANGER_UID = 54321
 
 
 def held() -> dict[str, str]:
-    """What the base's Python held before the image added its own: package to version."""
+    """The packages of the base's Python before the image added its own, with versions."""
     return dict(line.split("==") for line in BASE_FREEZE.read_text().split())
 
 
@@ -53,7 +53,7 @@ def test_a_user_without_an_account_can_write(folder: str) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
 def test_a_user_without_an_account_has_a_name() -> None:
-    """torch's compile cache and the hub's client ask for it, and fail without."""
+    """torch's compile cache and the hub's client need one."""
     code = "import getpass; print(getpass.getuser())"
     done = subprocess.run(
         [sys.executable, "-c", code], user=STRANGER_UID, group=STRANGER_UID, check=True, capture_output=True, text=True

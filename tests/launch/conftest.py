@@ -6,15 +6,22 @@ import copy
 import json
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
+from moto import mock_aws
 
 from estiba_launch.errors import Problem
-from estiba_launch.jobfile import InvalidJob, JobFile, check
-from estiba_launch.target import Target
+from estiba_launch.jobs.store import Store, open_store
+from estiba_launch.request.jobfile import InvalidJob, JobFile, check
+from estiba_launch.targets import registry
+from estiba_launch.targets.ssh import bootstrap, provision
+from estiba_launch.targets.ssh.connection import RemoteHost
+from remote_host import ClientTools, RemoteMachine, lacks_client_tools, skip_without_engine
+from ssh_job import IMAGE, Work, prefix
 
 GOOD: dict[str, Any] = {
     "TrainingJobName": "embed-1",
@@ -45,6 +52,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write tests/launch/golden anew")
 
 
+@pytest.fixture(autouse=True)
+def _no_engine_by_chance(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A test that needs no engine sees none, so that it ends the same on a machine that has one."""
+    if request.node.get_closest_marker("docker") is None:
+        monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/no-engine.sock")
+
+
 @pytest.fixture
 def good() -> dict[str, Any]:
     return copy.deepcopy(GOOD)
@@ -56,7 +70,7 @@ def problems_of() -> Callable[..., tuple[Problem, ...]]:
 
     def find(request: dict[str, Any], target: str = "sagemaker") -> tuple[Problem, ...]:
         try:
-            accepted = check(Path("job.yaml"), request, Target.parse(target))
+            accepted = check(Path("job.yaml"), request, registry.parse(target))
         except InvalidJob as error:
             return error.problems
         assert isinstance(accepted, JobFile)
@@ -79,6 +93,31 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert text == path.read_text("utf-8"), "differs; if that is meant, run with --update-golden and read the diff"
 
     return compare
+
+
+@pytest.fixture(params=["file", "s3"])
+def store(request, tmp_path, monkeypatch) -> Iterator[Store]:
+    if request.param == "file":
+        yield open_store(f"file://{tmp_path}/store")
+        return
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_CA_BUNDLE", raising=False)
+    with mock_aws():
+        boto3.client("s3").create_bucket(Bucket="bucket")
+        yield open_store("s3://bucket/some/prefix")
+
+
+@pytest.fixture
+def local(tmp_path) -> Path:
+    (tmp_path / "local" / "deep").mkdir(parents=True)
+    (tmp_path / "local" / "a").write_text("a")
+    (tmp_path / "local" / "deep" / "b").write_text("bb")
+    return tmp_path / "local"
 
 
 EMBED_IMAGE = os.environ.get("ESTIBA_TEST_EMBED_IMAGE", "estiba/embed:local")
@@ -114,3 +153,84 @@ def tiny_model(embed_image: str, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def dumps(value: Any) -> str:
     return json.dumps(value, indent=2, sort_keys=False)
+
+
+@pytest.fixture(scope="session")
+def ssh_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """`ssh` and `rsync` on the PATH, out of a container where this machine lacks them."""
+    if not lacks_client_tools():
+        yield
+        return
+    skip_without_engine()
+    folder = tmp_path_factory.mktemp("client")
+    tools = ClientTools(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+        yield
+    tools.remove()
+
+
+@pytest.fixture(scope="session")
+def bare_machine(ssh_client: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RemoteMachine]:
+    """A rented machine with sshd and sudo, on which `machine` may have installed an engine."""
+    skip_without_engine()
+    machine = RemoteMachine(tmp_path_factory.mktemp("machine"))
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            machine.start()
+            patch.setenv("ESTIBA_SSH", machine.ssh)
+            yield machine
+            RemoteHost(registry.parse(machine.target)).disconnect()
+        finally:
+            machine.remove()
+
+
+@pytest.fixture(scope="session")
+def machine(bare_machine: RemoteMachine) -> RemoteMachine:
+    """The machine after `estiba run` has installed what it needs, beside unattended upgrades, and sent the image."""
+    log = bare_machine.bootstrap_log
+    upgrade = bare_machine.hold_package_lock()
+
+    def report(line: str) -> None:
+        log.append(line)
+        print(line)
+        if "holds the package lock" in line:
+            upgrade.terminate()
+
+    host = RemoteHost(registry.parse(bare_machine.target))
+    try:
+        bootstrap.bootstrap(host, report, needs_rsync=True)
+    finally:
+        upgrade.kill()
+    provision.image(host, IMAGE, log.append)
+    return bare_machine
+
+
+@pytest.fixture
+def remote(machine: RemoteMachine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RemoteMachine]:
+    """The machine, with this test's own state; nothing of its jobs is left behind."""
+    monkeypatch.setenv("ESTIBA_STATE", str(tmp_path / "state"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    yield machine
+    name = prefix(tmp_path)
+    machine.sh(f"docker ps --all --quiet --filter name={name} | xargs --no-run-if-empty docker rm --force")
+    machine.sh("docker network prune --force; rm -rf ~user/estiba/jobs ~user/estiba/last-*")
+
+
+@pytest.fixture
+def work(remote: RemoteMachine, tmp_path: Path) -> Work:
+    return Work(tmp_path, remote)
+
+
+@pytest.fixture
+def no_account(tmp_path, monkeypatch):
+    """A state folder of its own, and no AWS credentials from anywhere."""
+    monkeypatch.setenv("ESTIBA_STATE", str(tmp_path / "state"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)

@@ -1,4 +1,4 @@
-"""The original guides' ways to bring code, on the local host: `sh -c` that unpacks code.tar.gz, and script mode."""
+"""How the original guides bring code, on the local host: `sh -c` that unpacks code.tar.gz, and script mode."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from pathlib import Path
 import pytest
 
 import estiba_launch
-from estiba_launch import state
-from estiba_launch.localhost import control, jobs
-from estiba_launch.localhost.control import LocalOptions
+from estiba_launch.jobs import control
+from estiba_launch.jobs import directory as state
+from estiba_launch.jobs.options import SubmitOptions
+from estiba_launch.request import jobfile
+from estiba_launch.targets import operations as jobs
+from estiba_launch.targets import registry
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(300)]
 
 TRAIN = """
 import json, os, pathlib, sys
-told = {"argv": sys.argv[1:], "cwd": os.getcwd(), "program": os.environ.get("SAGEMAKER_PROGRAM")}
-pathlib.Path("/opt/ml/model/told.json").write_text(json.dumps(told))
+record = {"argv": sys.argv[1:], "cwd": os.getcwd(), "program": os.environ.get("SAGEMAKER_PROGRAM")}
+pathlib.Path("/opt/ml/model/record.json").write_text(json.dumps(record))
 import helper
 print("helper says", helper.WORD, flush=True)
 """
@@ -39,13 +42,13 @@ def place(tmp_path, monkeypatch):
     yield tmp_path
     for name in state.job_names():
         if control.supervised(state.job_dir(name)):
-            control.order_stop(state.job_dir(name), "the test is over")
+            control.request_stop(state.job_dir(name), "the test has ended")
             jobs.wait(name, 30)
 
 
-def told(job: estiba_launch.Job, into: Path) -> dict:
+def result_of(job: estiba_launch.Job, into: Path) -> dict:
     job.fetch(into)
-    return json.loads((into / "model/told.json").read_text())
+    return json.loads((into / "model/record.json").read_text())
 
 
 def test_an_entrypoint_that_unpacks_code_from_its_channel_and_passes_flags_runs_as_the_original_did(place, embed_image):
@@ -55,11 +58,11 @@ def test_an_entrypoint_that_unpacks_code_from_its_channel_and_passes_flags_runs_
         source_dir=place / "src",
         container_entrypoint=["sh", "-c", UNPACK, "sh"],
         container_arguments=FLAGS,
-        options=LocalOptions(sync_every_s=0.5),
+        options=SubmitOptions(sync_every_s=0.5),
     )
     assert job.wait(200)["TrainingJobStatus"] == "Completed", list(job.logs())
     assert "helper says hola" in list(job.logs())
-    assert told(job, place / "got") == {"argv": FLAGS, "cwd": "/opt/ml/code", "program": None}
+    assert result_of(job, place / "got") == {"argv": FLAGS, "cwd": "/opt/ml/code", "program": None}
     assert "SAGEMAKER_PROGRAM" not in job.request.get("Environment", {})
 
 
@@ -70,13 +73,56 @@ def test_a_source_directory_runs_in_script_mode_with_hyperparameters_as_flags(pl
         source_dir=place / "src",
         entry_point="train_model_sagemaker.py",
         hyperparameters={"s3-bucket": "b", "num-training-batches": 10},
-        options=LocalOptions(sync_every_s=0.5),
+        options=SubmitOptions(sync_every_s=0.5),
     )
     value = job.wait(200)
     assert value["TrainingJobStatus"] == "Completed", list(job.logs())
-    seen = told(job, place / "got")
-    assert seen["program"] == "train_model_sagemaker.py"
-    assert sorted(zip(seen["argv"][::2], seen["argv"][1::2], strict=True)) == [
+    record = result_of(job, place / "got")
+    assert record["program"] == "train_model_sagemaker.py"
+    assert sorted(zip(record["argv"][::2], record["argv"][1::2], strict=True)) == [
         ("--num-training-batches", "10"),
         ("--s3-bucket", "b"),
     ]
+
+
+@pytest.mark.parametrize("scripts", ["scripts", "scripts/", "scripts/finetune.py"])
+def test_the_request_of_the_fine_tuning_document_runs_its_folder_or_program(scripts, place, embed_image):
+    """The dictionary of the document; only bucket, image and type differ."""
+    (place / "data").mkdir()
+    (place / "data" / "survey.csv").write_text("Year,Value\n2021,7\n")
+    (place / "scripts").mkdir()
+    (place / "scripts" / "helper.py").write_text("WORD = 'hola'\n")
+    (place / "scripts" / "requirements.txt").write_text("# nothing beyond the image\n")
+    text = TRAIN.replace("import helper\n", "").replace("helper.WORD", "1") if scripts.endswith(".py") else TRAIN
+    (place / "scripts" / "finetune.py").write_text(text)
+    code = f"file://{place}/{scripts}"
+    request = {
+        "HyperParameters": {
+            "base_model": "llama-2-7b", "learning_rate": "0.001", "batch_size": "4", "epochs": "3",
+            "max_sequence_length": "2048", "optimizer": "adam", "weight_decay": "0.01",
+        },
+        "AlgorithmSpecification": {
+            "TrainingImage": embed_image, "TrainingInputMode": "File", "EnableSageMakerMetricsTimeSeries": True,
+        },
+        "InputDataConfig": [
+            {"ChannelName": "training", "DataSource": {"S3DataSource": {"S3Uri": f"file://{place}/data"}},
+             "ContentType": "application/jsonlines"},
+            {"ChannelName": "code", "DataSource": {"S3DataSource": {"S3Uri": code}},
+             "ContentType": "application/x-python"},
+        ],
+        "OutputDataConfig": {"S3OutputPath": f"file://{place}/out"},
+        "ResourceConfig": {"InstanceType": "ml.g5.2xlarge", "InstanceCount": 1, "VolumeSizeInGB": 30},
+        "StoppingCondition": {"MaxRuntimeInSeconds": 10800},
+        "Environment": {
+            "SAGEMAKER_PROGRAM": "finetune.py", "SAGEMAKER_SUBMIT_DIRECTORY": code,
+            "SAGEMAKER_REQUIREMENTS": "requirements.txt",
+        },
+    }  # fmt: skip
+    (place / "job.yaml").write_text(json.dumps(request))
+    job = jobfile.load(place / "job.yaml", registry.parse("local"), {}, {})
+    jobs.start(jobs.prepare(job, SubmitOptions(sync_every_s=0.5)))
+    assert jobs.wait(job.name, 200).status == "Completed", list(jobs.log_lines(job.name, follow=False))
+    jobs.download(job.name, place / "got")
+    record = json.loads((place / "got/model/record.json").read_text())
+    assert record["program"] == "finetune.py"
+    assert dict(zip(record["argv"][::2], record["argv"][1::2], strict=True))["--base_model"] == "llama-2-7b"

@@ -16,27 +16,17 @@ from typing import Any
 import docker
 import pytest
 
-from estiba_launch import jobfile, state
-from estiba_launch.localhost import control, jobs
-from estiba_launch.localhost.control import Interruption, LocalOptions
-from estiba_launch.target import Target
+from base_image import NEEDS_BASE_IMAGE, request_of
+from estiba_launch.jobs import control
+from estiba_launch.jobs import directory as state
+from estiba_launch.jobs.control import Fault
+from estiba_launch.jobs.options import SubmitOptions
+from estiba_launch.request import jobfile
+from estiba_launch.targets import operations as jobs
+from estiba_launch.targets import registry
 from s3server import S3Server, s3_server
 
-IMAGE = os.environ.get("ESTIBA_TEST_IMAGE", "estiba/base:local")
-
-
-def _why_not() -> str | None:
-    try:
-        docker.from_env(timeout=10).images.get(IMAGE)
-    except docker.errors.ImageNotFound:
-        return f"no image {IMAGE}; run `make build/base BASE=local`"
-    except Exception as error:
-        return f"no docker engine ({error}); run `make engine`"
-    return None
-
-
-WHY_NOT = _why_not()
-pytestmark = [pytest.mark.docker, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
+pytestmark = NEEDS_BASE_IMAGE
 
 STEPS = """
 cd /opt/ml/checkpoints
@@ -55,26 +45,11 @@ echo weights > /opt/ml/model/weights
 
 
 def start(tmp: Path, script: str, **changes: Any) -> str:
-    (tmp / "code").mkdir(exist_ok=True)
-    (tmp / "code" / "run.sh").write_text(script)
-    source = {"S3DataType": "S3Prefix", "S3Uri": f"file://{tmp}/code"}
-    request = {
-        "TrainingJobName": f"dies-{os.getpid()}-{time.monotonic_ns() % 10**9}",
-        "AlgorithmSpecification": {
-            "TrainingImage": IMAGE,
-            "TrainingInputMode": "File",
-            "ContainerEntrypoint": ["sh", "/opt/ml/input/data/code/run.sh"],
-        },
-        "InputDataConfig": [{"ChannelName": "code", "DataSource": {"S3DataSource": source}}],
-        "OutputDataConfig": {"S3OutputPath": f"file://{tmp}/out"},
-        "ResourceConfig": {"InstanceType": "ml.g4dn.xlarge", "InstanceCount": 1, "VolumeSizeInGB": 1},
-        "StoppingCondition": {"MaxRuntimeInSeconds": 100, "MaxWaitTimeInSeconds": 200},
-        "EnableManagedSpotTraining": True,
-        "CheckpointConfig": {"S3Uri": f"file://{tmp}/checkpoints"},
-        **changes,
-    }
-    job = jobfile.check(tmp / "job.yaml", request, Target.parse("local"))
-    return jobs.start(job, LocalOptions(sync_every_s=0.2, stop_grace_s=5)).name
+    name = f"dies-{os.getpid()}-{time.monotonic_ns() % 10**9}"
+    request = request_of(tmp, script, TrainingJobName=name, **changes)
+    job = jobfile.check(tmp / "job.yaml", request, registry.parse("local"))
+    jobs.start(jobs.prepare(job, SubmitOptions(sync_every_s=0.2, stop_grace_s=5)))
+    return job.name
 
 
 def log_of(name: str) -> list[str]:
@@ -93,7 +68,7 @@ def wait_for(name: str, text: str, timeout_s: float = 40) -> None:
 def end_all() -> None:
     for name in state.job_names():
         if control.supervised(state.job_dir(name)):
-            control.order_stop(state.job_dir(name), "the test is over")
+            control.request_stop(state.job_dir(name), "the test is over")
             jobs.wait(name, 30)
         assert docker.from_env().containers.list(all=True, filters={"label": f"estiba.job={name}"}) == []
 
@@ -121,12 +96,12 @@ def test_an_s3_endpoint_that_goes_away_while_a_host_is_lost_costs_the_wait_and_n
     wait_for(name, "step=3")
     s3.stop()
     wait_for(name, "step=6")
-    jobs.interrupt(name, Interruption(grace_s=5))
+    jobs.interrupt(name, Fault(grace_s=5))
     time.sleep(6)
-    assert jobs.describe(name)["TrainingJobStatus"] == "InProgress"
-    assert len(jobs.describe(name)["Estiba"]["Attempts"]) == 1
+    assert jobs.status(name).to_json()["TrainingJobStatus"] == "InProgress"
+    assert len(jobs.status(name).to_json()["Estiba"]["Attempts"]) == 1
     s3.start()
-    value = jobs.wait(name, 90)
+    value = jobs.wait(name, 90).to_json()
     log = log_of(name)
     assert value["TrainingJobStatus"] == "Completed", log
     starts = [int(line.split()[1]) for line in log if line.startswith("from ")]
@@ -142,13 +117,13 @@ def test_an_s3_endpoint_that_is_away_when_a_new_host_starts_is_waited_for(place,
     name = start(place, STEPS, CheckpointConfig={"S3Uri": "s3://checkpoints/job"}, Environment={"LAST": "15"})
     wait_for(name, "step=3")
     time.sleep(1)
-    jobs.interrupt(name, Interruption(notice=False, capacity_wait_s=2.0))
+    jobs.interrupt(name, Fault(notice=False, capacity_wait_s=2.0))
     wait_for(name, "waiting 2 s for capacity")
     s3.stop()
     time.sleep(8)
-    assert jobs.describe(name)["TrainingJobStatus"] == "InProgress"
+    assert jobs.status(name).to_json()["TrainingJobStatus"] == "InProgress"
     s3.start()
-    value = jobs.wait(name, 100)
+    value = jobs.wait(name, 100).to_json()
     assert value["TrainingJobStatus"] == "Completed", log_of(name)
     assert [entry["Outcome"] for entry in value["Estiba"]["Attempts"]] == ["Interrupted", "Completed"]
     starts = [int(line.split()[1]) for line in log_of(name) if line.startswith("from ")]
@@ -177,7 +152,7 @@ def small_disk(tmp_path, monkeypatch) -> Iterator[Path]:
 
 def test_a_full_disk_fails_the_job_with_that_reason_and_keeps_what_was_saved(small_disk, tmp_path):
     name = start(tmp_path, STEPS, Environment={"LAST": "30", "FILL_AT": "5"})
-    value = jobs.wait(name, 60)
+    value = jobs.wait(name, 60).to_json()
     assert value["TrainingJobStatus"] == "Failed", value
     assert "is full: make room there" in value["FailureReason"]
     assert (tmp_path / "checkpoints" / "step").read_text() == "5\n"
@@ -186,5 +161,5 @@ def test_a_full_disk_fails_the_job_with_that_reason_and_keeps_what_was_saved(sma
     for path in (small_disk / "state" / "jobs" / name).rglob("big"):
         path.unlink()
     again = start(tmp_path, STEPS, Environment={"LAST": "8"})
-    assert jobs.wait(again, 60)["TrainingJobStatus"] == "Completed", log_of(again)
+    assert jobs.wait(again, 60).to_json()["TrainingJobStatus"] == "Completed", log_of(again)
     assert "from 5" in log_of(again)

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import estiba_launch
-from estiba_launch.drill.compare import digests
-from estiba_launch.localhost import jobs
-from estiba_launch.localhost.control import LocalOptions
+from estiba_launch.drill.reference import digests
+from estiba_launch.jobs.options import SubmitOptions
+from estiba_launch.targets import operations as jobs
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(500)]
 
@@ -46,7 +46,7 @@ def place(tmp_path, monkeypatch) -> Path:
 def estiba(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(Path(jobs.__file__).parents[2])}
     return subprocess.run(
-        [sys.executable, "-m", "estiba_launch.cli", *words],
+        [sys.executable, "-m", "estiba_launch.cli.app", *words],
         env=env, cwd=cwd, text=True, capture_output=True, timeout=450, check=False, stdin=subprocess.DEVNULL,
     )  # fmt: skip
 
@@ -93,7 +93,7 @@ def test_train_with_hyperparameters_and_channels_gives_the_bytes_of_flags_and_of
         channels={"dataset": f"file://{place}/data", "model": f"file://{tiny_model}"},
         checkpoint_s3_uri=f"file://{place}/api-checkpoints",
         use_spot=True,
-        options=LocalOptions(sync_every_s=0.5),
+        options=SubmitOptions(sync_every_s=0.5),
     )
     assert job.wait(200)["TrainingJobStatus"] == "Completed", list(job.logs())
     job.fetch(place / "by-api")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -21,29 +22,19 @@ from typing import Any, ClassVar
 import docker
 import pytest
 
-from estiba_launch import jobfile, state
+from base_image import IMAGE, NEEDS_BASE_IMAGE
 from estiba_launch.errors import LaunchError
-from estiba_launch.localhost import control, jobs
-from estiba_launch.localhost.control import Interruption, LocalOptions
-from estiba_launch.localhost.engine import Engine
-from estiba_launch.scripts import HostOptions
-from estiba_launch.target import Target
+from estiba_launch.jobs import control
+from estiba_launch.jobs import directory as state
+from estiba_launch.jobs.control import Fault
+from estiba_launch.jobs.options import SubmitOptions
+from estiba_launch.request import jobfile
+from estiba_launch.request.options import HostOptions
+from estiba_launch.targets import operations as jobs
+from estiba_launch.targets import registry
+from estiba_launch.targets.local.engine import Engine
 
-IMAGE = os.environ.get("ESTIBA_TEST_IMAGE", "estiba/base:local")
-
-
-def _why_not() -> str | None:
-    try:
-        docker.from_env(timeout=10).images.get(IMAGE)
-    except docker.errors.ImageNotFound:
-        return f"no image {IMAGE}; run `make base`"
-    except Exception as error:
-        return f"no docker engine ({error}); run `make engine`"
-    return None
-
-
-WHY_NOT = _why_not()
-pytestmark = [pytest.mark.docker, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
+pytestmark = NEEDS_BASE_IMAGE
 
 Run = Callable[..., dict[str, Any]]
 
@@ -89,13 +80,14 @@ class Place:
 
     def start(self, script: str, *, options: dict[str, Any] | None = None, **changes: Any) -> str:
         request = self.request(script, **changes)
-        job = jobfile.check(self.tmp / "job.yaml", request, Target.parse("local"))
+        job = jobfile.check(self.tmp / "job.yaml", request, registry.parse("local"))
         settings = {"sync_every_s": 0.2, "stop_grace_s": 5, **(options or {})}
-        return jobs.start(job, LocalOptions(**settings)).name
+        jobs.start(jobs.prepare(job, SubmitOptions(**settings)))
+        return job.name
 
     def run(self, script: str, **changes: Any) -> dict[str, Any]:
         name = self.start(script, **changes)
-        value = jobs.wait(name, 90)
+        value = jobs.wait(name, 90).to_json()
         value["log"] = list(jobs.log_lines(name, follow=False))
         return value
 
@@ -118,7 +110,7 @@ def place(tmp_path, monkeypatch):
         wire.mend()
     for name in state.job_names():
         if control.supervised(state.job_dir(name)):
-            control.order_stop(state.job_dir(name), "the test is over")
+            control.request_stop(state.job_dir(name), "the test is over")
             jobs.wait(name, 30)
         assert client.containers.list(all=True, filters={"label": f"estiba.job={name}"}) == []
         assert client.networks.list(names=[f"estiba-{name}"]) == []
@@ -160,9 +152,167 @@ def test_a_job_sees_the_contract_and_leaves_model_and_output(place):
     assert value["ModelArtifacts"]["S3ModelArtifacts"].endswith(f"/{value['TrainingJobName']}/output/model.tar.gz")
     with tarfile.open(value["ModelArtifacts"]["S3ModelArtifacts"].removeprefix("file://")) as tar:
         assert sorted(tar.getnames()) == ["deep/d.bin", "w.bin"]
-    assert jobs.fetch(value["TrainingJobName"], place.tmp / "got") == {"model": 2, "output": 1}
+    assert jobs.download(value["TrainingJobName"], place.tmp / "got") == {"model": 2, "output": 1}
     assert (place.tmp / "got/output/rows.txt").read_text() == "rows\n"
     assert 0 <= value["BillableTimeInSeconds"] <= value["TrainingTimeInSeconds"] < 60
+
+
+def by_hand(submission: Any, work: Path) -> subprocess.Popen[str]:
+    """The printed script, started as a person does."""
+    process = subprocess.Popen(["sh"], stdin=subprocess.PIPE, env={**os.environ, "WORK": str(work)}, text=True)
+    assert process.stdin
+    process.stdin.write(submission.render())
+    process.stdin.close()
+    return process
+
+
+def channel_at(name: str, uri: str, **source: str) -> dict[str, Any]:
+    place = {"S3DataType": "S3Prefix", "S3Uri": uri, **source}
+    return {"ChannelName": name, "DataSource": {"S3DataSource": place}}
+
+
+LISTS = """
+find -L /opt/ml/input/data -type f | LC_ALL=C sort > /opt/ml/output/data/files
+touch /opt/ml/output/data/up
+while [ ! -e /opt/ml/output/data/end ]; do sleep 0.1; done
+"""
+
+
+@pytest.mark.parametrize(
+    ("count", "options"),
+    [
+        (1, {"host": HostOptions(shm_size="512m", memory="256m", cpus=0.5)}),
+        (2, {"environment": {"EXTRA": "a b"}}),
+        (2, {"copy_inputs": True}),
+    ],
+)
+def test_the_printed_command_starts_the_containers_that_run_starts(count, options, place, tmp_path):
+    """Compare what docker keeps of both, but for the place of their folders, and what the containers see."""
+    data = tmp_path / "my: data, all"
+    for name in ("folder/a.txt", "folder/b/c.txt", "folder/d.txt", "one.csv", "one.csv.old", "tr-1", "train/x"):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_text(name)
+    request = place.request(
+        LISTS,
+        ResourceConfig={"InstanceType": "ml.g4dn.xlarge", "InstanceCount": count, "VolumeSizeInGB": 1},
+        EnableNetworkIsolation=count > 1,
+    )
+    request["InputDataConfig"] += [
+        channel_at("folder", f"file://{data}/folder"),
+        channel_at("one", f"file://{data}/one.csv"),
+        channel_at("start", f"file://{data}/tr"),
+        channel_at("share", f"file://{data}/folder", S3DataDistributionType="ShardedByS3Key"),
+    ]
+    loaded = jobfile.check(place.tmp / "job.yaml", request, registry.parse("local"))
+    submission = jobs.prepare(loaded, SubmitOptions(**options))
+    name, hosts = submission.name, [f"algo-{number}" for number in range(1, count + 1)]
+    jobs.start(submission)
+    by_run = [_inspected(state.jobs_root() / name / "attempts/1", name, host) for host in hosts]
+    jobs.wait(name, 60)
+    work = tmp_path / "by hand"
+    process = by_hand(submission, work)
+    found = [_inspected(work, name, host) for host in hosts]
+    assert process.wait(60) == 0
+    assert found == by_run
+    assert by_run[0]["files"] == found[0]["files"] and "one/one.csv" in by_run[0]["files"]
+    assert "start/train/x" in by_run[0]["files"] and "one.csv.old" not in by_run[0]["files"]
+    shares = [file for one in by_run for file in one["files"].splitlines() if "/share/" in file]
+    assert len(shares) == len(set(shares)) == 3
+    if memory := submission.options.host.memory:
+        assert memory == "256m" and by_run[0]["HostConfig"]["MemorySwap"] == 256 << 20
+    assert docker.from_env().containers.list(all=True, filters={"label": f"estiba.job={name}"}) == []
+    assert docker.from_env().networks.list(names=[f"estiba-{name}"]) == []
+
+
+def test_a_script_that_was_killed_is_no_obstacle_to_the_next_run(place, tmp_path):
+    cluster = {"InstanceType": "ml.g4dn.xlarge", "InstanceCount": 2, "VolumeSizeInGB": 1}
+    request = place.request(LISTS, ResourceConfig=cluster)
+    submission = jobs.prepare(jobfile.check(place.tmp / "job.yaml", request, registry.parse("local")))
+    work, hosts = tmp_path / "work", ["algo-1", "algo-2"]
+    containers = [f"estiba-{submission.name}-{host}-1" for host in hosts]
+    first = by_hand(submission, work)
+    for host in hosts:
+        _wait_for(work / host / "output/data/up")
+    first.kill()
+    first.wait()
+    again = by_hand(submission, work)
+    assert again.wait(60) == 1
+    client = docker.from_env()
+    assert [client.containers.get(container).status for container in containers] == ["running"] * 2
+    for host, container in zip(hosts, containers, strict=True):
+        client.containers.get(container).kill()
+        (work / host / "output/data/up").unlink()
+    third = by_hand(submission, work)
+    for host in hosts:
+        _wait_for(work / host / "output/data/up")
+        (work / host / "output/data/end").touch()
+    assert third.wait(60) == 0
+    assert client.containers.list(all=True, filters={"label": f"estiba.job={submission.name}"}) == []
+    assert client.networks.list(names=[f"estiba-{submission.name}"]) == []
+
+
+def _wait_for(path: Path) -> None:
+    until = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert path.exists()
+
+
+def _inspected(work: Path, name: str, host: str) -> dict[str, Any]:
+    """What docker knows of a host's container, and the files it saw; then the host is told to end."""
+    output = work / host / "output/data"
+    _wait_for(output / "up")
+    files = (output / "files").read_text()
+    seen = docker.from_env().api.inspect_container(f"estiba-{name}-{host}-1")
+    (output / "end").touch()
+    # An option that is not given is null in one client's request and empty in the other's.
+    settings = {key: None if value in ([], {}) else value for key, value in seen["HostConfig"].items()}
+    settings["Mounts"] = [{**mount, "Source": Path(mount["Source"]).name} for mount in settings["Mounts"]]
+    # Docker chooses the range anew.
+    settings["ExtraHosts"] = [one.rpartition(".")[2] for one in settings["ExtraHosts"] or []]
+    config = {**seen["Config"], "Env": sorted(seen["Config"]["Env"])}
+    networks = seen["NetworkSettings"]["Networks"]
+    fixed = {
+        name: (one["IPAMConfig"] or {}).get("IPv4Address", "").rpartition(".")[2] for name, one in networks.items()
+    }
+    return {"HostConfig": settings, "Config": config, "Networks": fixed, "files": files}
+
+
+HOST_LEFT = """
+if [ "$(hostname)" = algo-1 ]; then exit 0; fi
+sleep 3
+python3 - <<PY
+import socket
+try:
+    socket.create_connection(("algo-1", 9), 5)
+except socket.gaierror as error:
+    raise SystemExit(f"algo-1 has no name any more: {error}")
+except OSError as error:
+    print("algo-1 still has a name:", socket.gethostbyname("algo-1") != "", type(error).__name__)
+PY
+"""
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+def test_a_host_that_has_finished_keeps_its_name_for_its_peers(isolated, place):
+    cluster = {"InstanceType": "ml.g4dn.xlarge", "InstanceCount": 2, "VolumeSizeInGB": 1}
+    value = place.run(HOST_LEFT, ResourceConfig=cluster, EnableNetworkIsolation=isolated)
+    assert value["TrainingJobStatus"] == "Completed", value["log"]
+    assert any("algo-1 still has a name: True" in line for line in value["log"])
+
+
+def test_whoever_sees_the_terminal_status_finds_everything_in_place(place):
+    name = place.start("echo loss=0.5; echo last; echo w > /opt/ml/model/w; sleep 1", options={"sync_every_s": 0.2})
+    while not (status := jobs.status(name)).is_terminal:
+        time.sleep(0.005)
+    folder = state.job_dir(name)
+    lines = (folder / "job.log").read_text().splitlines()
+    assert "last" in lines and lines[-1].startswith("--- Completed: Completed")
+    assert status.metrics == {"loss": 0.5}
+    assert status.model_uri and Path(status.model_uri.removeprefix("file://")).is_file()
+    assert not (folder / "scratch").exists() and not (folder / "inputs").exists()
+    assert [path.name for path in (folder / "attempts/1").iterdir()] == ["algo-1.log"]
+    assert docker.from_env().containers.list(all=True, filters={"label": f"estiba.job={name}"}) == []
 
 
 def test_hyperparameters_can_come_encoded_as_sdk_v2_does(place):
@@ -176,13 +326,38 @@ def test_copied_inputs_are_writable_and_leave_the_source_alone(place):
     assert not (place.tmp / "data" / "new").exists()
 
 
+@pytest.mark.parametrize("options", [{}, {"copy_inputs": True}], ids=["mounted", "copied"])
+def test_links_in_an_input_are_followed_and_links_in_a_model_arrive_or_are_named(options, place, tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "sha").write_text("weights\n")
+    (tmp_path / "data" / "model.bin").symlink_to("../blobs/sha")
+    (tmp_path / "data" / "again").symlink_to(tmp_path / "data" / "sub")
+    name = place.start(
+        "cd /opt/ml/input/data/data; cat model.bin again/b.txt\n"
+        "cd /opt/ml/model; mkdir step-2; echo two > step-2/w; ln -s step-2 latest; ln -s /opt/ml/model/step-2/w last\n"
+        "ln -s /opt/ml/input/data/data/model.bin base; echo x > /tmp/x; ln -s /tmp/x gone; ln -s /etc/hostname host\n",
+        options=options,
+    )
+    jobs.wait(name, 90)
+    lines = list(jobs.log_lines(name, follow=False))
+    assert [line for line in lines if not line.startswith("---")] == ["weights", "mundo"]
+    jobs.download(name, tmp_path / "got")
+    model = tmp_path / "got" / "model"
+    assert {path.name: path.read_text() for path in (model / "latest/w", model / "last", model / "base")} == {
+        "w": "two\n", "last": "two\n", "base": "weights\n",
+    }  # fmt: skip
+    assert not (model / "gone").exists() and not (model / "host").exists()
+    assert any("model: gone is a link to /tmp/x, which is not there; not stored" in line for line in lines)
+    assert any("model: host is a link to /etc/hostname, which is not there; not stored" in line for line in lines)
+
+
 def test_output_without_compression_is_stored_as_files(place):
     out = {"S3OutputPath": f"file://{place.tmp}/out", "CompressionType": "NONE"}
     value = place.run(SHOW, OutputDataConfig=out)
     base = place.tmp / "out" / value["TrainingJobName"] / "output"
     assert (base / "model/deep/d.bin").read_text() == "d\n"
     assert (base / "data/rows.txt").read_text() == "rows\n"
-    assert jobs.fetch(value["TrainingJobName"], place.tmp / "got") == {"model": 2, "output": 1}
+    assert jobs.download(value["TrainingJobName"], place.tmp / "got") == {"model": 2, "output": 1}
 
 
 def test_a_failed_job_tells_the_first_1024_characters_of_its_failure_file(place):
@@ -224,8 +399,8 @@ done
 def test_an_interruption_goes_on_from_the_checkpoint_on_a_new_host(place):
     name = place.start(STEPS)
     place.wait_for(name, "step=4")
-    jobs.interrupt(name, Interruption(grace_s=5, capacity_wait_s=1.0))
-    value = jobs.wait(name, 60)
+    jobs.interrupt(name, Fault(grace_s=5, capacity_wait_s=1.0))
+    value = jobs.wait(name, 60).to_json()
     log = list(jobs.log_lines(name, follow=False))
     assert value["TrainingJobStatus"] == "Completed", log
     assert log.count("from 0, output=0 model=0 tmp=0") == 1
@@ -248,8 +423,8 @@ def test_an_interruption_goes_on_from_the_checkpoint_on_a_new_host(place):
 def test_a_kill_without_notice_keeps_only_what_was_synced(place):
     name = place.start(STEPS, options={"sync_every_s": 1.0, "stop_grace_s": 5})
     place.wait_for(name, "step=8")
-    jobs.interrupt(name, Interruption(notice=False))
-    value = jobs.wait(name, 60)
+    jobs.interrupt(name, Fault(notice=False))
+    value = jobs.wait(name, 60).to_json()
     log = list(jobs.log_lines(name, follow=False))
     assert value["TrainingJobStatus"] == "Completed", log
     assert not [line for line in log if line.startswith("term at")]
@@ -264,8 +439,8 @@ def test_without_spot_a_lost_host_is_the_end(place):
     changes = {"EnableManagedSpotTraining": False, "StoppingCondition": {"MaxRuntimeInSeconds": 60}}
     name = place.start(STEPS, **changes)
     place.wait_for(name, "step=2")
-    jobs.interrupt(name, Interruption(notice=False))
-    value = jobs.wait(name, 60)
+    jobs.interrupt(name, Fault(notice=False))
+    value = jobs.wait(name, 60).to_json()
     assert value["TrainingJobStatus"] == "Failed"
     assert "host was lost" in value["FailureReason"]
 
@@ -274,13 +449,13 @@ def test_stop_is_term_and_keeps_the_model(place):
     name = place.start(STEPS)
     place.wait_for(name, "step=2")
     jobs.stop(name)
-    value = jobs.wait(name, 30)
+    value = jobs.wait(name, 30).to_json()
     log = list(jobs.log_lines(name, follow=False))
     assert value["TrainingJobStatus"] == "Stopped"
     assert any(line.startswith("term at") for line in log)
     assert statuses(value)[-3:] == ["Stopping", "Uploading", "Stopped"]
     assert "ModelArtifacts" in value
-    with pytest.raises(LaunchError, match="is over already"):
+    with pytest.raises(LaunchError, match="has already ended"):
         jobs.stop(name)
 
 
@@ -289,7 +464,7 @@ def test_a_job_that_ignores_term_is_killed_after_the_grace(place):
     place.wait_for(name, "ready")
     started = time.monotonic()
     jobs.stop(name)
-    value = jobs.wait(name, 30)
+    value = jobs.wait(name, 30).to_json()
     assert value["TrainingJobStatus"] == "Stopped"
     assert value["Estiba"]["Attempts"][0]["ExitCodes"] == {"algo-1": 137}
     assert 1 <= time.monotonic() - started < 15
@@ -299,8 +474,8 @@ def test_max_runtime_stops_the_job_and_is_shared_by_its_attempts(place):
     name = place.start(STEPS, StoppingCondition={"MaxRuntimeInSeconds": 5, "MaxWaitTimeInSeconds": 100},
                        Environment={"LAST": "1000"})  # fmt: skip
     place.wait_for(name, "step=8")
-    jobs.interrupt(name, Interruption(grace_s=5))
-    value = jobs.wait(name, 60)
+    jobs.interrupt(name, Fault(grace_s=5))
+    value = jobs.wait(name, 60).to_json()
     assert value["SecondaryStatus"] == "MaxRuntimeExceeded"
     assert value["TrainingJobStatus"] == "Stopped"
     assert len(value["Estiba"]["Attempts"]) == 2
@@ -311,8 +486,8 @@ def test_max_wait_counts_the_waiting_for_capacity(place):
     name = place.start(STEPS, StoppingCondition={"MaxRuntimeInSeconds": 4, "MaxWaitTimeInSeconds": 6},
                        Environment={"LAST": "1000"})  # fmt: skip
     place.wait_for(name, "step=2")
-    jobs.interrupt(name, Interruption(grace_s=5, capacity_wait_s=600))
-    value = jobs.wait(name, 30)
+    jobs.interrupt(name, Fault(grace_s=5, capacity_wait_s=600))
+    value = jobs.wait(name, 30).to_json()
     assert value["SecondaryStatus"] == "MaxWaitTimeExceeded"
 
 
@@ -359,7 +534,7 @@ def test_hosts_of_a_cluster_reach_each_other_by_name_and_share_the_data(place):
     assert "[algo-1] algo-1 of ['algo-1', 'algo-2'] sees all; share: ['a.txt', 'part-1', 'part-3', 'sub']" in text
     assert "[algo-2] algo-2 of ['algo-1', 'algo-2'] sees all; share: ['part-0', 'part-2', 'part-4']" in text
     assert sorted(path.name for path in (place.tmp / "checkpoints").iterdir()) == ["rank-algo-1", "rank-algo-2"]
-    assert jobs.fetch(value["TrainingJobName"], place.tmp / "got")["model"] == 2
+    assert jobs.download(value["TrainingJobName"], place.tmp / "got")["model"] == 2
 
 
 def test_one_failing_host_ends_the_others(place):
@@ -389,10 +564,10 @@ def test_a_supervisor_that_is_killed_leaves_a_job_that_says_so_and_can_be_taken_
     until = time.monotonic() + 5
     while control.supervised(state.job_dir(name)) and time.monotonic() < until:
         time.sleep(0.05)
-    assert jobs.orphaned(jobs.describe(name))
+    assert jobs.status(name).is_orphaned
     time.sleep(1)
     assert jobs.resume(name)
-    value = jobs.wait(name, 60)
+    value = jobs.wait(name, 60).to_json()
     log = list(jobs.log_lines(name, follow=False))
     assert value["TrainingJobStatus"] == "Completed", log
     # The container never noticed: one attempt, every line once.
@@ -411,9 +586,9 @@ def test_a_machine_that_restarts_is_an_interruption_and_a_failure_meanwhile_is_a
         if script is STEPS:
             container.kill()
         container.wait()
-        assert jobs.orphaned(jobs.describe(name))
+        assert jobs.status(name).is_orphaned
         assert jobs.resume(name)
-        value = jobs.wait(name, 60)
+        value = jobs.wait(name, 60).to_json()
         assert [entry["Outcome"] for entry in value["Estiba"]["Attempts"]] == outcomes, value
 
 
@@ -428,7 +603,7 @@ def test_a_store_that_is_away_at_the_end_is_waited_for(place):
     place.wait_for(name, "last sync of algo-1 failed")
     store.unlink()
     away.rename(store)
-    value = jobs.wait(name, 60)
+    value = jobs.wait(name, 60).to_json()
     assert value["TrainingJobStatus"] == "Completed"
     assert (store / "step").read_text() == "15\n"
 
@@ -505,6 +680,28 @@ def wire():
     shutil.rmtree(folder)
 
 
+def test_a_job_runs_on_the_engine_of_the_docker_context_that_started_it(wire, place, monkeypatch, tmp_path):
+    config = tmp_path / "docker"
+    folder = config / "contexts/meta" / hashlib.sha256(b"wired").hexdigest()
+    folder.mkdir(parents=True)
+    endpoints = {"docker": {"Host": f"unix://{wire.path}"}}
+    (folder / "meta.json").write_text(json.dumps({"Name": "wired", "Metadata": {}, "Endpoints": endpoints}))
+    with monkeypatch.context() as chosen:
+        chosen.setenv("DOCKER_CONFIG", str(config))
+        chosen.setenv("DOCKER_CONTEXT", "wired")
+        name = place.start(STEPS, Environment={"LAST": "20"})
+    place.wait_for(name, "step=2")
+    # The supervisor that takes over is started where another context is the current one.
+    os.kill(int((state.job_dir(name) / control.LOCK).read_text()), signal.SIGKILL)
+    until = time.monotonic() + 5
+    while control.supervised(state.job_dir(name)) and time.monotonic() < until:
+        time.sleep(0.05)
+    wire.open.clear()
+    assert jobs.resume(name)
+    assert jobs.wait(name, 60).status == "Completed"
+    assert wire.open
+
+
 def test_an_engine_that_goes_away_and_comes_back_costs_nothing(wire, place, monkeypatch):
     monkeypatch.setenv("DOCKER_HOST", f"unix://{wire.path}")
     name = place.start(STEPS, Environment={"LAST": "30"})
@@ -513,9 +710,9 @@ def test_an_engine_that_goes_away_and_comes_back_costs_nothing(wire, place, monk
     wire.cut()
     place.wait_for(name, "no docker engine")
     time.sleep(2)
-    assert jobs.describe(name)["SecondaryStatus"] == "Training"
+    assert jobs.status(name).to_json()["SecondaryStatus"] == "Training"
     wire.mend()
-    value = jobs.wait(name, 60)
+    value = jobs.wait(name, 60).to_json()
     log = list(jobs.log_lines(name, follow=False))
     assert value["TrainingJobStatus"] == "Completed", log
     assert len(value["Estiba"]["Attempts"]) == 1
@@ -531,7 +728,7 @@ def test_an_engine_that_takes_the_containers_with_it_is_an_interruption(wire, pl
     place.wait_for(name, "no docker engine")
     running(name, 1).kill()
     wire.mend()
-    value = jobs.wait(name, 60)
+    value = jobs.wait(name, 60).to_json()
     log = list(jobs.log_lines(name, follow=False))
     assert value["TrainingJobStatus"] == "Completed", log
     assert [entry["Outcome"] for entry in value["Estiba"]["Attempts"]] == ["HostLost", "Completed"]
@@ -556,7 +753,7 @@ def test_a_host_error_is_retried_as_often_as_the_retry_strategy_says(wire, place
         time.sleep(1)
         container.kill()
         wire.mend()
-    value = jobs.wait(name, 60)
+    value = jobs.wait(name, 60).to_json()
     assert [entry["Outcome"] for entry in value["Estiba"]["Attempts"]] == ["HostLost", "HostLost"]
     assert value["FailureReason"].startswith("InternalServerError: the docker engine died")
 
@@ -626,7 +823,7 @@ def test_two_jobs_run_beside_each_other(place):
         thread.start()
     for thread in threads:
         thread.join()
-    assert {jobs.describe(name)["TrainingJobStatus"] for name in names} == {"Completed"}
+    assert {jobs.status(name).to_json()["TrainingJobStatus"] for name in names} == {"Completed"}
 
 
 def estiba(*words: str, **settings: Any) -> subprocess.Popen[str]:
@@ -634,7 +831,7 @@ def estiba(*words: str, **settings: Any) -> subprocess.Popen[str]:
     package = Path(jobs.__file__).parents[2]
     env = {**os.environ, "PYTHONPATH": str(package)}
     return subprocess.Popen(
-        [sys.executable, "-m", "estiba_launch.cli", *words],
+        [sys.executable, "-m", "estiba_launch.cli.app", *words],
         env=env, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **settings,
     )  # fmt: skip
 
@@ -686,15 +883,15 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_stop_it(place):
             break
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 4
+    assert process.returncode == 4, err
     (name,) = state.job_names()
     assert f"estiba stop {name}" in err
-    assert not jobs.is_over(jobs.describe(name))
+    assert not jobs.status(name).is_terminal
     stopped = estiba("stop", "--wait")
     _, err = stopped.communicate(timeout=60)
     assert stopped.returncode == 0
     assert "Stopped" in err
-    assert jobs.describe(name)["TrainingJobStatus"] == "Stopped"
+    assert jobs.status(name).to_json()["TrainingJobStatus"] == "Stopped"
     again = estiba("stop", name)
     again.communicate(timeout=30)
     assert again.returncode == 2
@@ -710,3 +907,46 @@ def test_interrupt_and_logs_work_from_another_process(place):
     assert "spot interruption of all hosts" in followed
     assert "attempt 2 on algo-1" in followed
     assert "step=20" in followed
+
+
+@pytest.mark.parametrize("signals", [(signal.SIGTERM,), (signal.SIGINT,) * 5])
+def test_a_term_or_several_signals_leave_the_job_running_and_end_with_4(place, signals):
+    process = estiba("run", write_job(place, STEPS, Environment={"LAST": "200"}), "--yes")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step=3"):
+            break
+    for signum in signals:
+        process.send_signal(signum)
+    _, err = process.communicate(timeout=30)
+    (name,) = state.job_names()
+    assert process.returncode == 4, err
+    assert "Traceback" not in err
+    if len(signals) == 1:
+        assert f"{name}: still running\n  estiba logs -f {name}\n  estiba stop {name}" in err
+    assert not jobs.status(name).is_terminal
+
+
+def test_a_run_whose_reader_leaves_says_that_the_job_goes_on(place):
+    process = estiba("run", write_job(place, STEPS, Environment={"LAST": "200"}), "--yes")
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert (process.wait(timeout=30), "still running" in process.stderr.read()) == (4, True)
+
+
+def test_a_line_that_the_engine_cuts_is_whole_and_a_progress_bar_is_seen_before_its_newline(place):
+    script = """
+    head -c 40000 /dev/zero | tr '\\0' x; echo
+    echo after
+    trap 'echo; exit 0' TERM
+    for i in $(seq 600); do printf '\\r%d of 600' $i; sleep 0.1; done
+    """
+    name = place.start(script)
+    place.wait_for(name, " of 600")
+    lines = list(jobs.log_lines(name, follow=False))
+    assert [line for line in lines if not line.startswith("---")][:2] == ["x" * 40000, "after"]
+    jobs.stop(name)
+    assert jobs.wait(name, 60).status == "Stopped"
+    last = [line for line in jobs.log_lines(name, follow=False) if " of 600" in line][-1]
+    assert "\r" not in last

@@ -1,17 +1,21 @@
-"""Prices: dated, warned about when old, laid over by the user's own, refreshed from AWS's public file."""
+"""Prices: dated, with warnings when old, overridden by the user's, refreshed from AWS's public file."""
 
 from __future__ import annotations
 
 import datetime
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 
-from estiba_launch import prices
 from estiba_launch.errors import LaunchError
+from estiba_launch.jobs.status import JobStatus
+from estiba_launch.request import prices
+from estiba_launch.targets import registry
 
 HEADER = "SKU,OfferTermCode,RateCode,TermType,PriceDescription,Unit,PricePerUnit,Currency,usageType,Region Code"
 OFFER = f""""FormatVersion","v1.0"
@@ -50,9 +54,9 @@ def offer_url() -> Iterator[str]:
     server.server_close()
 
 
-def test_the_shipped_table_is_whole():
+def test_the_shipped_table_is_complete():
     table = prices.load()
-    assert len(table.instances) == 38
+    assert len(table.instances) == 39
     for one in table.instances.values():
         assert one.usd_per_h > 0
         assert one.vcpus
@@ -62,7 +66,7 @@ def test_the_shipped_table_is_whole():
     assert table.get("ml.g5.12xlarge").gpus == 4
 
 
-def test_a_price_is_warned_about_after_90_days():
+def test_a_price_older_than_90_days_has_a_warning():
     table = prices.load()
     day = table.get("ml.g5.xlarge").date
     assert table.warnings(["ml.g5.xlarge"], None, day + datetime.timedelta(days=90)) == []
@@ -71,7 +75,7 @@ def test_a_price_is_warned_about_after_90_days():
     assert "prices refresh" in warning
 
 
-def test_a_price_of_another_region_is_warned_about():
+def test_a_price_from_another_region_has_a_warning():
     (warning,) = prices.load().warnings(["ml.g5.xlarge"], "eu-west-1", datetime.date(2026, 10, 1))
     assert "us-east-1, not eu-west-1" in warning
 
@@ -81,7 +85,37 @@ def test_an_unknown_type_is_refused_with_both_remedies():
         prices.load().get("ml.p9.xlarge")
 
 
-def test_the_users_table_lies_over_the_shipped_one_and_a_file_over_both(own_config, tmp_path):
+ORIGINALS = {
+    *("ml.g4dn.xlarge", "ml.m5.xlarge", "ml.p3.2xlarge", "ml.p4de.24xlarge"),
+    *("ml.c5.2xlarge", "ml.g4dn.2xlarge", "ml.g5.2xlarge"),
+}
+"""Instance types in the guides that Estiba replaces."""
+
+
+def test_every_instance_type_in_guides_job_files_and_docs_has_a_price():
+    root = Path(__file__).parents[2]
+    pages = [root / "README.md", *root.glob("docs/**/*.md"), *root.glob("images/*/*.md"), *root.glob("images/*/*.yaml")]
+    mentioned = {name for page in pages for name in re.findall(r"ml\.[a-z0-9]+\.\d*x?large", page.read_text())}
+    assert "ml.g4dn.xlarge" in mentioned
+    assert (ORIGINALS | mentioned) - prices.load().instances.keys() == set()
+
+
+@pytest.mark.parametrize(("target", "usd"), [("local", 0.0), ("sagemaker", None)])
+def test_a_job_on_a_type_without_a_price_still_has_a_cost_report(target, usd):
+    document = {
+        "TrainingJobName": "job",
+        "TrainingJobStatus": "Completed",
+        "TrainingTimeInSeconds": 100,
+        "BillableTimeInSeconds": 40,
+        "ResourceConfig": {"InstanceType": "ml.p9.xlarge", "InstanceCount": 2},
+    }
+    bill = registry.target_of(target).cost(JobStatus.from_json(document), prices.load())
+    assert (bill.to_json()["usd"], bill.to_json()["sagemaker_usd"]) == (usd, None)
+    assert "2 x ml.p9.xlarge" in bill.render() and "price unknown" in bill.render()
+    assert "prices refresh" in bill.warnings[0]
+
+
+def test_the_users_table_overrides_the_shipped_one_and_a_file_overrides_both(own_config, tmp_path):
     own_config.mkdir()
     entry = {"ml.g5.xlarge": {"usd_per_h": 1.0}, "ml.mine.xlarge": {"usd_per_h": 2}}
     (own_config / "prices.json").write_text(json.dumps({"date": "2026-10-01", "instances": entry}))
@@ -106,7 +140,7 @@ def test_the_users_table_lies_over_the_shipped_one_and_a_file_over_both(own_conf
         '{"instances": {"a": {"usd_per_h": 1}}}',
     ],
 )
-def test_a_file_that_is_no_price_table_is_refused_by_name(text, tmp_path):
+def test_a_file_that_is_not_a_price_table_is_refused_by_name(text, tmp_path):
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(LaunchError, match=r"bad\.json: not a price table"):
         prices.load(extra=tmp_path / "bad.json")
@@ -127,7 +161,7 @@ def test_the_offer_file_is_read_line_by_line():
     assert next(prices.read_offer(lines())) == ("ml.g5.xlarge", 1.5)
 
 
-def test_refresh_keeps_the_prices_it_read_with_date_and_source(offer_url):
+def test_refresh_saves_prices_with_date_and_source(offer_url):
     path = prices.refresh("us-east-1", offer_url, datetime.date(2026, 10, 5))
     one = prices.load().get("ml.g5.xlarge")
     assert (one.usd_per_h, one.date, one.source, one.gpu) == (1.5, datetime.date(2026, 10, 5), offer_url, "A10G")
@@ -135,7 +169,7 @@ def test_refresh_keeps_the_prices_it_read_with_date_and_source(offer_url):
     assert path.parent.name == "estiba"
 
 
-def test_a_failed_refresh_leaves_the_prices_there_were(offer_url, own_config):
+def test_a_failed_refresh_keeps_the_current_prices(offer_url, own_config):
     prices.refresh("us-east-1", offer_url)
     for bad in (offer_url + "x", "http://127.0.0.1:9/none"):
         with pytest.raises(LaunchError, match="stay in use"):
@@ -144,6 +178,6 @@ def test_a_failed_refresh_leaves_the_prices_there_were(offer_url, own_config):
     assert [path.name for path in own_config.iterdir()] == ["prices-us-east-1.json"]
 
 
-def test_an_offer_file_of_another_form_is_refused():
+def test_an_offer_file_with_other_columns_is_refused():
     with pytest.raises(LaunchError, match="columns"):
         list(prices.read_offer(["a,b\n", "SKU,c\n", "1,2\n"]))

@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import boto3
 import botocore.session
@@ -19,11 +20,15 @@ from botocore.stub import Stubber
 from moto import mock_aws
 from typer.testing import CliRunner
 
-from estiba_launch import costs, jobfile, prices, state
-from estiba_launch.cli import app
+from estiba_launch.cli.app import app
 from estiba_launch.errors import AwsUnavailable, HostError, LaunchError
-from estiba_launch.sagemaker import archive, client, jobs, logs, role
-from estiba_launch.target import Target
+from estiba_launch.jobs import archive
+from estiba_launch.jobs import directory as state
+from estiba_launch.request import jobfile, prices
+from estiba_launch.targets import operations as jobs
+from estiba_launch.targets import registry
+from estiba_launch.targets.sagemaker import client, console, logs, role
+from estiba_launch.targets.sagemaker.target import SageMakerTarget, record_job
 
 GOLDEN = Path(__file__).parent / "golden"
 EMBED = Path(__file__).parents[2] / "images/embed/job.yaml"
@@ -54,8 +59,8 @@ def own_place(tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_REGION", "us-east-1")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.chdir(tmp_path)
-    for module, name in ((jobs, "LOOK_S"), (jobs, "SETTLE_S")):
-        monkeypatch.setattr(module, name, 0.0)
+    monkeypatch.setattr(SageMakerTarget, "poll_interval_s", 0.0)
+    monkeypatch.setattr(logs, "SETTLE_S", 0.0)
 
 
 def words(values: dict[str, str]) -> list[str]:
@@ -75,7 +80,7 @@ class Aws:
             region="us-east-1",
             **{
                 name: boto3.client(name, region_name="us-east-1", config=config)
-                for name in ("sagemaker", "logs", "s3", "iam")
+                for name in ("sagemaker", "logs", "iam")
             },
         )
         self.sagemaker, self.logs = Stubber(self.clients.sagemaker), Stubber(self.clients.logs)
@@ -140,7 +145,7 @@ def aws(monkeypatch) -> Aws:
 
 @pytest.fixture
 def job(aws: Aws) -> str:
-    jobs.remember(
+    record_job(
         "job-1",
         {
             "TrainingJobName": "job-1",
@@ -160,6 +165,42 @@ def moto() -> Iterator[None]:
         yield
 
 
+# ---- the console
+
+
+@pytest.mark.parametrize(
+    ("region", "host"),
+    [
+        ("eu-west-1", "eu-west-1.console.aws.amazon.com"),
+        ("cn-north-1", "cn-north-1.console.amazonaws.cn"),
+        ("us-gov-west-1", "us-gov-west-1.console.amazonaws-us-gov.com"),
+        ("eu-nowhere-9", "eu-nowhere-9.console.aws.amazon.com"),
+    ],
+)
+def test_the_console_is_that_of_the_regions_partition(region, host):
+    found = console.links("job-1", region, "s3://bucket/out put/")
+    assert {urlsplit(url).netloc for url in found.values()} == {host}
+    assert all(parse_qs(urlsplit(url).query)["region"] == [region] for url in found.values())
+    assert parse_qs(urlsplit(found["output"]).query)["prefix"] == ["out put/job-1/"]
+    fragment = unquote(unquote(urlsplit(found["logs"]).fragment.replace("$", "%")))
+    assert fragment == f"logsV2:log-groups/log-group/{logs.GROUP}?logStreamNameFilter=job-1/"
+
+
+def test_a_partition_without_a_public_console_has_no_links():
+    assert console.links("job-1", "us-iso-east-1", "s3://bucket/out") == {}
+
+
+def test_status_shows_the_links_of_the_region_that_runs_the_job(aws, job):
+    aws.describe("Training")
+    aws.describe("Training")
+    shown = call("status", job)
+    assert "  logs      https://us-east-1.console.aws.amazon.com/cloudwatch/home?region=us-east-1#" in shown.stdout
+    assert jobs.status(job).links["job"].endswith("#/jobs/job-1")
+    (state.job_dir(job) / state.TARGET).write_text('{"target": "sagemaker", "region": "cn-north-1"}')
+    aws.describe("Training")
+    assert "https://cn-north-1.console.amazonaws.cn/s3/buckets/bucket?" in call("status", job).stdout
+
+
 # ---- starting
 
 
@@ -168,11 +209,18 @@ def test_the_request_that_is_sent_is_the_golden_one_of_the_job_file(aws):
     arn = "arn:aws:sagemaker:us-east-1:210987654321:training-job/embed-golden"
     # Stubber refuses a call whose parameters are not exactly these.
     aws.sagemaker.add_response("create_training_job", {"TrainingJobArn": arn}, golden)
-    loaded = jobfile.load(EMBED, Target.parse("sagemaker"), VALUES, {})
+    loaded = jobfile.load(EMBED, registry.parse("sagemaker"), VALUES, {})
     said: list[str] = []
-    assert jobs.start(loaded, None, said.append).name == "embed-golden"
+    jobs.start(jobs.prepare(loaded), said.append)
     aws.check()
-    assert said == [f"{arn}: accepted"]
+    base = "https://us-east-1.console.aws.amazon.com"
+    group = "$252Faws$252Fsagemaker$252FTrainingJobs$3FlogStreamNameFilter$3Dembed-golden$252F"
+    assert said == [
+        f"{arn}: accepted",
+        f"  job       {base}/sagemaker/home?region=us-east-1#/jobs/embed-golden",
+        f"  logs      {base}/cloudwatch/home?region=us-east-1#logsV2:log-groups/log-group/{group}",
+        f"  output    {base}/s3/buckets/bucket?region=us-east-1&prefix=out/embed-golden/",
+    ]
     assert state.read_json(state.job_dir("embed-golden") / "request.json") == golden
 
 
@@ -204,7 +252,7 @@ def test_a_job_started_elsewhere_can_be_known_here(moto, tmp_path):
 
 def test_a_role_is_given_by_name_or_arn(moto, monkeypatch):
     # moto's account is one of AWS's documentation, which a job file must not name.
-    monkeypatch.setattr("estiba_launch.rules.image.PLACEHOLDER_ACCOUNTS", ())
+    monkeypatch.setattr("estiba_launch.request.validation.rules.PLACEHOLDER_ACCOUNTS", ())
     made = boto3.client("iam").create_role(RoleName="Estiba", AssumeRolePolicyDocument=json.dumps(TRUST))["Role"]["Arn"]
     assert role.arn_of("Estiba") == made
     assert role.arn_of("arn:aws:iam::1:role/x") == "arn:aws:iam::1:role/x"
@@ -270,15 +318,15 @@ def test_a_refusal_names_the_same_file_on_this_machine(aws):
 def test_fallback_runs_the_file_here_and_says_so_loudly(aws, monkeypatch):
     started = []
 
-    def start(loaded, settings, say):
-        started.append(loaded)
+    def submit(self, submission, *, report):
+        started.append(submission)
         raise LaunchError("far enough")
 
-    monkeypatch.setattr("estiba_launch.localhost.jobs.start", start)
+    monkeypatch.setattr("estiba_launch.targets.local.target.LocalTarget.submit", submit)
     aws.sagemaker.add_client_error("create_training_job", "ResourceLimitExceeded", "limit is 0")
     done = call("run", str(EMBED), "--target", "sagemaker", "--yes", "--fallback", "local", *words(VALUES))
     assert "NOT ON AWS" in done.stderr
-    assert started[0].target == Target.parse("local")
+    assert started[0].target == registry.parse("local")
     assert "far enough" in done.stderr
 
 
@@ -304,7 +352,7 @@ def test_no_network_is_said_within_seconds_and_leaves_no_job(monkeypatch):
 
 def test_a_request_that_was_throttled_is_sent_again(monkeypatch):
     """The retries are botocore's own: here only that they are on, for every client."""
-    for one in (client.connect().sagemaker, client.connect().logs, client.connect().s3, client.connect().iam):
+    for one in (client.connect().sagemaker, client.connect().logs, client.connect().iam):
         assert one.meta.config.retries == {"mode": "adaptive", "total_max_attempts": 8}
     answers = iter([(400, b'{"__type": "ThrottlingException", "message": "Rate exceeded"}'), (200, b"{}")])
     aws = client.connect()
@@ -374,7 +422,7 @@ def test_new_streams_after_a_spot_restart_are_followed_and_attempts_marked(aws, 
         "Completed",
     ]
     assert (state.job_dir(job) / "job.log").read_text().splitlines() == lines
-    value = jobs.dressed(job, state.read_json(state.job_dir(job) / "describe.json"))
+    value = registry.target_of_job(job).recorded(job).to_json()
     assert [(a["Number"], a["Outcome"]) for a in value["Estiba"]["Attempts"]] == [(1, "Interrupted"), (2, "Completed")]
 
 
@@ -436,12 +484,12 @@ def test_a_network_that_is_away_for_a_while_is_waited_for(aws, job, monkeypatch)
         return real(**words)
 
     monkeypatch.setattr(aws.clients.sagemaker, "describe_training_job", describe)
-    assert jobs.wait(job)["TrainingJobStatus"] == "Completed"
+    assert jobs.wait(job).status == "Completed"
 
 
 def test_a_login_that_ends_meanwhile_is_not_waited_for_and_status_tells_what_was_known(aws, job):
     aws.describe("Starting", "Training")
-    assert jobs.describe(job)["SecondaryStatus"] == "Training"
+    assert jobs.status(job).secondary_status == "Training"
     aws.sagemaker.add_client_error("describe_training_job", "ExpiredTokenException", "expired")
     with pytest.raises(AwsUnavailable, match="log in again"):
         jobs.wait(job)
@@ -456,7 +504,7 @@ def test_waiting_has_no_limit_of_six_hours(aws, job, monkeypatch):
     for _ in range(40):
         aws.describe("Starting", "Training")
     aws.describe("Starting", "Training", "Completed", BillableTimeInSeconds=5)
-    assert jobs.wait(job)["TrainingJobStatus"] == "Completed"
+    assert jobs.wait(job).status == "Completed"
     aws.check()
 
 
@@ -481,17 +529,18 @@ def test_stop_is_sent_once_and_a_job_that_is_over_is_left_alone(aws, job):
     aws.describe("Starting", "Training", "Stopping")
     jobs.stop(job)
     aws.describe("Starting", "Training", "Stopping", "Stopped", BillableTimeInSeconds=5)
-    with pytest.raises(LaunchError, match="over already"):
+    with pytest.raises(LaunchError, match="already ended"):
         jobs.stop(job)
     aws.check()
 
 
 def test_the_bill_is_billable_time_and_the_saving_is_shown(aws, job):
     aws.describe("Starting", "Completed", TrainingTimeInSeconds=3600, BillableTimeInSeconds=1080)
-    document, _ = costs.of(jobs.describe(job), prices.load(), None)
+    cost = jobs.cost(job, prices.load())
+    document = cost.to_json()
     assert document["usd"] == pytest.approx(0.7364 * 0.3)
     assert document["spot_saving"] == pytest.approx(0.7)
-    assert "70% less than on-demand" in costs.describe(document)
+    assert "70% less than on-demand" in cost.render()
 
 
 # ---- fetching
@@ -521,7 +570,7 @@ def special(name: str, kind: bytes, link: str = "") -> tarfile.TarInfo:
 
 
 def finished(**changes: Any) -> str:
-    jobs.remember("job-1", {"TrainingJobName": "job-1"}, "us-east-1", "arn:x")
+    record_job("job-1", {"TrainingJobName": "job-1"}, "us-east-1", "arn:x")
     value = {
         "TrainingJobName": "job-1",
         "TrainingJobStatus": "Completed",
@@ -538,9 +587,9 @@ def test_model_and_output_are_fetched_unpacked_and_again_over_the_old(moto, tmp_
     name = finished(ModelArtifacts={"S3ModelArtifacts": "s3://bucket/out/job-1/output/model.tar.gz"})
     put_archive("s3://bucket/out/job-1/output/model.tar.gz", {"a/b": b"1", "c": b"2"})
     put_archive("s3://bucket/out/job-1/output/output.tar.gz", {"r": b"3"})
-    assert jobs.fetch(name, tmp_path / "got") == {"model": 2, "output": 1}
+    assert jobs.download(name, tmp_path / "got") == {"model": 2, "output": 1}
     put_archive("s3://bucket/out/job-1/output/model.tar.gz", {"a/b": b"new", "c": b"2"})
-    assert jobs.fetch(name, tmp_path / "got")["model"] == 2
+    assert jobs.download(name, tmp_path / "got")["model"] == 2
     assert (tmp_path / "got/model/a/b").read_bytes() == b"new"
     assert sorted(p.name for p in (tmp_path / "got/model").iterdir()) == ["a", "c"]
 
@@ -552,14 +601,14 @@ def test_uncompressed_results_are_fetched_as_they_are(moto, tmp_path):
     )
     for key in ("model/w/1", "model/w/", "data/r"):
         boto3.client("s3").put_object(Bucket="bucket", Key=f"out/job-1/output/{key}", Body=b"x")
-    assert jobs.fetch(name, tmp_path / "got") == {"model": 1, "output": 1}
+    assert jobs.download(name, tmp_path / "got") == {"model": 1, "output": 1}
     assert (tmp_path / "got/model/w/1").read_bytes() == b"x"
 
 
 def test_a_job_that_left_nothing_says_so(moto, tmp_path):
     name = finished(TrainingJobStatus="Failed", FailureReason="AlgorithmError: x")
     with pytest.raises(LaunchError, match=r"left nothing.*AlgorithmError"):
-        jobs.fetch(name, tmp_path / "got")
+        jobs.download(name, tmp_path / "got")
 
 
 @pytest.mark.parametrize(

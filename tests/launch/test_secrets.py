@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from estiba_launch.secrets import secret_name
+from estiba_launch.request.secrets import secret_name
 
 # Put together at run time: a scanner that reads this file must find nothing.
 AWS_KEY = "AKIA" + "IOSFODNN7" + "EXAMPLE"

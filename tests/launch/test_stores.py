@@ -5,46 +5,32 @@ from __future__ import annotations
 import json
 import os
 import threading
-from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
 from moto import mock_aws
 
-from estiba_launch.contract import ChannelSource, Host
 from estiba_launch.errors import HostError
-from estiba_launch.localhost import channels, output
-from estiba_launch.localhost.logs import last_stamp, stamped_lines, to_unix
-from estiba_launch.localhost.record import Record
-from estiba_launch.localhost.store import FileStore, S3Store, Store, open_store
-from estiba_launch.localhost.sync import CheckpointSync
+from estiba_launch.jobs import artifacts, inputs, logs
+from estiba_launch.jobs.logs import (
+    LINE_BYTES,
+    LOG,
+    JobLog,
+    Metrics,
+    copy_bars,
+    copy_output,
+    last_stamp,
+    stamped_lines,
+    to_unix,
+)
+from estiba_launch.jobs.record import Record
+from estiba_launch.jobs.s3 import S3Store
+from estiba_launch.jobs.store import FileStore, open_store
+from estiba_launch.request.contract import ChannelSource, Host
+from estiba_launch.targets.local import channels
 
 CLUSTER = [Host(name=f"algo-{n}", instance_type="ml.m5.xlarge", group="a" if n < 3 else "b") for n in (1, 2, 3)]
-
-
-@pytest.fixture(params=["file", "s3"])
-def store(request, tmp_path, monkeypatch) -> Store:
-    if request.param == "file":
-        yield open_store(f"file://{tmp_path}/store")
-        return
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "x",
-        "AWS_SECRET_ACCESS_KEY": "x",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("AWS_CA_BUNDLE", raising=False)
-    with mock_aws():
-        boto3.client("s3").create_bucket(Bucket="bucket")
-        yield open_store("s3://bucket/some/prefix")
-
-
-@pytest.fixture
-def local(tmp_path) -> Path:
-    (tmp_path / "local" / "deep").mkdir(parents=True)
-    (tmp_path / "local" / "a").write_text("a")
-    (tmp_path / "local" / "deep" / "b").write_text("bb")
-    return tmp_path / "local"
 
 
 def test_what_is_put_can_be_listed_got_and_deleted(store, local, tmp_path):
@@ -58,76 +44,6 @@ def test_what_is_put_can_be_listed_got_and_deleted(store, local, tmp_path):
     assert store.list() == {}
 
 
-def test_a_sync_uploads_changes_carries_out_deletes_and_restores(store, local, tmp_path):
-    sync = CheckpointSync(local, store)
-    assert sync.restore() == (0, 0)
-    assert (sync.push().uploaded, sync.push().uploaded) == (0, 0), "what was there at the start counts as known"
-    (local / "new").write_text("123")
-    (local / "a").write_text("changed")
-    moved = sync.push()
-    assert (moved.uploaded, moved.uploaded_bytes, moved.deleted) == (2, 10, 0)
-    (local / "new").unlink()
-    assert sync.push().deleted == 1
-    assert store.list() == {"a": 7}
-    other = CheckpointSync(tmp_path / "other", store)
-    assert other.restore() == (1, 7)
-    assert (tmp_path / "other" / "a").read_text() == "changed"
-
-
-def test_objects_that_others_add_are_neither_pulled_nor_deleted(store, local):
-    sync = CheckpointSync(local, store)
-    sync.restore()
-    store.put(local / "a", "of-another-host")
-    (local / "mine").write_text("m")
-    sync.push()
-    assert sorted(store.list()) == ["mine", "of-another-host"]
-    assert not (local / "of-another-host").exists()
-
-
-def test_a_directory_that_is_gone_deletes_nothing(store, local, tmp_path):
-    sync = CheckpointSync(local, store)
-    sync.restore()
-    (local / "c").write_text("c")
-    sync.push()
-    local.rename(tmp_path / "unmounted")
-    with pytest.raises(HostError, match="nothing is deleted"):
-        sync.push()
-    assert store.list() == {"c": 1}
-
-
-def test_a_taken_over_directory_is_brought_in_line_with_the_store(store, local):
-    store.put(local / "a", "deleted-while-nobody-looked")
-    store.put(local / "a", "a")
-    (local / "a").write_text("newer")
-    sync = CheckpointSync(local, store)
-    sync.adopt()
-    sync.push()
-    assert store.list() == {"a": 5, "deep/b": 2}
-
-
-def test_a_push_that_fails_half_way_is_finished_by_the_next(store, local, monkeypatch):
-    sync = CheckpointSync(local, store)
-    sync.restore()
-    for name in ("p", "q", "r"):
-        (local / name).write_text(name)
-    (local / "a").unlink()
-    real, calls = store.put, []
-
-    def flaky(path: Path, key: str) -> None:
-        calls.append(key)
-        if key == "q" and calls.count("q") == 1:
-            raise HostError("the store is away")
-        real(path, key)
-
-    monkeypatch.setattr(store, "put", flaky)
-    with pytest.raises(HostError):
-        sync.push()
-    assert sorted(store.list()) == ["p"]
-    sync.push()
-    assert sorted(store.list()) == ["p", "q", "r"]
-    assert calls == ["p", "q", "q", "r"], "what was up already does not go up again"
-
-
 def test_a_file_store_never_shows_half_a_file(tmp_path, local, monkeypatch):
     store = FileStore(tmp_path / "store")
     store.put(local / "a", "k")
@@ -137,15 +53,6 @@ def test_a_file_store_never_shows_half_a_file(tmp_path, local, monkeypatch):
     assert (tmp_path / "store" / "k").read_text() == "a"
     assert store.list() == {"k": 1}
     assert [path.name for path in (tmp_path / "store").iterdir()] == ["k"]
-
-
-def test_a_store_key_cannot_leave_the_checkpoint_directory(tmp_path, local):
-    class Evil(FileStore):
-        def list(self) -> dict[str, int]:
-            return {"../../etc/evil": 1}
-
-    with pytest.raises(HostError, match="leads out"):
-        CheckpointSync(tmp_path / "c" / "d", Evil(local)).restore()
 
 
 def test_an_unreachable_bucket_is_named_with_a_remedy(monkeypatch, tmp_path):
@@ -188,7 +95,7 @@ def test_shards_cover_everything_once(tmp_path, local):
         names = sorted(str(path.relative_to(mount.source)) for path in mount.source.rglob("*") if path.is_file())
         assert 2 <= len(names) <= 4
         seen += names
-    assert sorted(seen) == sorted(channels.objects(source(f"file://{local}")))
+    assert sorted(seen) == sorted(inputs.objects(source(f"file://{local}")))
 
 
 def test_a_channel_of_one_group_is_shared_among_that_group_only(tmp_path, local):
@@ -230,7 +137,7 @@ def test_a_channel_from_s3_takes_what_its_prefix_names(address, keys, tmp_path, 
         client.create_bucket(Bucket="bucket")
         for key in ("data/a", "data/sub/b", "data/folder/", "other"):
             client.put_object(Bucket="bucket", Key=key, Body=b"x")
-        assert sorted(channels.objects(source(address))) == keys
+        assert sorted(inputs.objects(source(address))) == keys
         mount = channels.place(source(address), CLUSTER[0], CLUSTER, tmp_path / "in", copy=False)
         found = sorted(str(path.relative_to(mount.source)) for path in mount.source.rglob("*") if path.is_file())
         assert found == keys
@@ -243,9 +150,10 @@ def test_models_of_all_hosts_are_merged_and_the_first_keeps_a_name(tmp_path, sto
         for name in names:
             (tmp_path / host / name).write_text(host)
     request = {"TrainingJobName": "j", "OutputDataConfig": {"S3OutputPath": store.uri}}
-    address = output.upload(request, "model", [tmp_path / "algo-1", tmp_path / "algo-2"], tmp_path / "scratch")
+    hosts = [{"/opt/ml/model": tmp_path / host} for host in ("algo-1", "algo-2")]
+    address = artifacts.upload(request, "model", hosts, tmp_path / "scratch")
     assert address == f"{store.uri}/j/output/model.tar.gz"
-    assert output.fetch(request, "model", tmp_path / "got") == 3
+    assert artifacts.download(address, tmp_path / "got") == 3
     assert (tmp_path / "got" / "same").read_text() == "algo-1"
     assert not list((tmp_path / "scratch").iterdir())
 
@@ -276,7 +184,7 @@ def test_a_record_is_whole_at_every_moment(tmp_path):
 
 def test_a_failure_reason_is_cut_at_1024_characters(tmp_path):
     record = Record.create(tmp_path, {"TrainingJobName": "j"})
-    record.fail("ñ" * 2000)
+    record.to("Failed", "ñ" * 2000)
     assert len(Record.load(tmp_path).value["FailureReason"]) == 1024
     assert Record.load(tmp_path).status == "Failed"
 
@@ -287,6 +195,48 @@ def test_stamped_lines_are_put_together_however_they_are_cut():
     for size in (1, 3, 7, 1000):
         chunks = [whole[i : i + size] for i in range(0, len(whole), size)]
         assert [text for _, text in stamped_lines(chunks)] == ["uno", "dós", "no newline"]
+
+
+def test_what_the_engine_cut_into_messages_is_one_line_again():
+    stamp = b"2026-09-27T12:30:05.123456789Z "
+    whole = stamp + b"a" * 16384 + stamp + b"b" * 16384 + stamp + b"c\n" + stamp + b"d" * 16384 + stamp + b"\n"
+    for size in (1, 16384, 16415, 1 << 20):
+        chunks = [whole[i : i + size] for i in range(0, len(whole), size)]
+        assert list(stamped_lines(chunks)) == [
+            (stamp.decode().strip(), "a" * 16384 + "b" * 16384 + "c"),
+            (stamp.decode().strip(), "d" * 16384),
+        ]
+    # An engine that does not cut.
+    assert [text for _, text in stamped_lines([stamp + b"e" * 40000 + b"\n"])] == ["e" * 40000]
+
+
+def test_a_line_without_an_end_is_cut_before_it_fills_the_memory():
+    stamp = b"2026-09-27T12:30:05.123456789Z "
+    for piece in (stamp + b"x" * 16384, b"x" * 16384):
+        lines = list(stamped_lines([stamp + b"x" * 16384, *[piece] * 100]))
+        assert {one for one, _ in lines} == {stamp.decode().strip()}
+        assert max(len(text) for _, text in lines) <= LINE_BYTES + 16384
+        assert "".join(text for _, text in lines) == "x" * 16384 * 101
+
+
+def test_a_progress_bar_is_one_line_in_the_log_and_all_of_it_is_searched_for_metrics(tmp_path):
+    request = {"AlgorithmSpecification": {"MetricDefinitions": [{"Name": "n", "Regex": "loss=([0-9.]+)"}]}}
+    kept: list[Any] = []
+    metrics = Metrics(request, kept.append)
+    line = b"2026-09-27T12:30:05.123456789Z \r 10% loss=3\r100% done\n"
+    copy_output("algo-1", tmp_path / "own", JobLog(tmp_path, many=False), metrics, lambda _: [line])
+    assert (tmp_path / LOG).read_text() == "100% done\n"
+    assert kept[-1][0]["Value"] == 3
+
+
+def test_a_progress_bar_is_shown_before_its_newline_and_not_at_every_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, "BAR_EVERY_S", 0)
+    log = JobLog(tmp_path, many=False)
+    copy_bars("algo-1", log, [b"plain line\nhalf a ", b"line\n", b"\r 10%", b"\r 20%\r", b"\r 30", b"%", b"\nend\n"])
+    assert log.path.read_text().splitlines() == [" 10%", " 20%", " 30", " 30%"]
+    monkeypatch.setattr(logs, "BAR_EVERY_S", 1e9)
+    copy_bars("algo-1", log, [b"\r 40%"] * 100)
+    assert "40%" not in log.path.read_text()
 
 
 def test_the_last_stamp_says_where_to_go_on(tmp_path):

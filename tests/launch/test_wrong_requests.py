@@ -1,4 +1,4 @@
-"""Deliberately wrong requests, one for each limit and rule: each is refused offline with the right field named."""
+"""One wrong request for each limit and rule: each is refused offline, with the right field named."""
 
 from __future__ import annotations
 
@@ -35,6 +35,9 @@ FILE_SYSTEM = {
     "DirectoryPath": "/d",
 }
 GROUP = {"InstanceType": "ml.g5.xlarge", "InstanceCount": 1, "InstanceGroupName": "g"}
+PREFERENCE = {"InstanceType": "ml.g5.xlarge", "InstanceCount": 1}
+OTHER = {"InstanceType": "ml.g4dn.xlarge"}
+GROUPED = {"DataSource": {"S3DataSource": {"S3DataType": "S3Prefix", "S3Uri": "s3://bucket/m"}}, "ChannelName": "model"}
 SPOT_OFF = {"EnableManagedSpotTraining": False, "StoppingCondition.MaxWaitTimeInSeconds": DELETE}
 
 # name of the case: (field that must be named, {path: value, ...})
@@ -42,6 +45,24 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "job name with spaces": ("TrainingJobName", {"TrainingJobName": "my job"}),
     "job name of 64": ("TrainingJobName", {"TrainingJobName": "a" * 64}),
     "job name ending in a dash": ("TrainingJobName", {"TrainingJobName": "embed-"}),
+    "hosts against NODE_NUMBER": ("Environment.NODE_NUMBER", {"Environment.NODE_NUMBER": "4"}),
+    "hosts of groups against NODE_NUMBER": (
+        "Environment.NODE_NUMBER",
+        {
+            "Environment.NODE_NUMBER": "1",
+            "ResourceConfig.InstanceGroups": [GROUP, {**GROUP, "InstanceGroupName": "h"}],
+            "ResourceConfig.InstanceType": DELETE,
+            "ResourceConfig.InstanceCount": DELETE,
+        },
+    ),
+    "runtime of 28 days and a second": (
+        "StoppingCondition.MaxRuntimeInSeconds",
+        {"StoppingCondition": {"MaxRuntimeInSeconds": 2_419_201}, "EnableManagedSpotTraining": False},
+    ),
+    "keep-alive above the API's limit": (
+        "ResourceConfig.KeepAlivePeriodInSeconds",
+        {"ResourceConfig.KeepAlivePeriodInSeconds": 21_601, **SPOT_OFF},
+    ),
     "job name missing": ("TrainingJobName", {"TrainingJobName": DELETE}),
     "role by name": ("RoleArn", {"RoleArn": "SageMakerExecutionRole"}),
     "role missing": ("RoleArn", {"RoleArn": DELETE}),
@@ -180,6 +201,14 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
         f"{S3}.InstanceGroupNames",
         {"InputDataConfig.0.DataSource.S3DataSource.InstanceGroupNames": ["cpu"]},
     ),
+    "groups on one of two channels": (
+        "InputDataConfig[1].DataSource.S3DataSource.InstanceGroupNames",
+        {
+            "ResourceConfig": {"InstanceGroups": [GROUP], "VolumeSizeInGB": 30},
+            "InputDataConfig.0.DataSource.S3DataSource.InstanceGroupNames": ["g"],
+            "InputDataConfig.+": GROUPED,
+        },
+    ),
     "file system without a VPC": (
         "VpcConfig",
         {"InputDataConfig.0.DataSource": {"FileSystemDataSource": FILE_SYSTEM}},
@@ -235,6 +264,43 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "preferences beside a plain type": (
         "ResourceConfig.InstancePreferences",
         {"ResourceConfig.InstancePreferences": [{"InstanceType": "ml.g5.xlarge"}]},
+    ),
+    "preferences with spot": (
+        "ResourceConfig.InstancePreferences",
+        {"ResourceConfig": {"InstancePreferences": [PREFERENCE], "VolumeSizeInGB": 30}},
+    ),
+    "preferences with a count here and there": (
+        "ResourceConfig.InstancePreferences",
+        {**SPOT_OFF, "ResourceConfig": {"InstancePreferences": [PREFERENCE, OTHER], "VolumeSizeInGB": 30}},
+    ),
+    "preferences with two counts": (
+        "ResourceConfig.InstanceCount",
+        {
+            **SPOT_OFF,
+            "ResourceConfig": {"InstancePreferences": [PREFERENCE], "InstanceCount": 2, "VolumeSizeInGB": 30},
+        },
+    ),
+    "preferences without a count": (
+        "ResourceConfig.InstancePreferences",
+        {**SPOT_OFF, "ResourceConfig": {"InstancePreferences": [OTHER], "VolumeSizeInGB": 30}},
+    ),
+    "a preference of no host": (
+        "ResourceConfig.InstancePreferences[0].InstanceCount",
+        {
+            **SPOT_OFF,
+            "ResourceConfig": {"InstancePreferences": [{**PREFERENCE, "InstanceCount": 0}], "VolumeSizeInGB": 30},
+        },
+    ),
+    "a preference without disk": (
+        "ResourceConfig.VolumeSizeInGB",
+        {
+            **SPOT_OFF,
+            "ResourceConfig": {"InstancePreferences": [{"InstanceType": "ml.p3.2xlarge", "InstanceCount": 1}]},
+        },
+    ),
+    "a type preferred twice": (
+        "ResourceConfig.InstancePreferences",
+        {**SPOT_OFF, "ResourceConfig": {"InstancePreferences": [PREFERENCE, PREFERENCE], "VolumeSizeInGB": 30}},
     ),
     "keep-alive of 99999": (
         "ResourceConfig.KeepAlivePeriodInSeconds",
@@ -315,12 +381,16 @@ WRONG_HERE: dict[str, tuple[str, dict[str, Any]]] = {
         "AlgorithmSpecification.AlgorithmName",
         {"AlgorithmSpecification.TrainingImage": DELETE, "AlgorithmSpecification.AlgorithmName": "xgboost"},
     ),
+    "a choice of instances on this machine": (
+        "ResourceConfig.InstancePreferences",
+        {"ResourceConfig": {"InstancePreferences": [{"InstanceType": "ml.g5.xlarge", "InstanceCount": 1}]}},
+    ),
     "https on this machine": (f"{S3}.S3Uri", {"InputDataConfig.0.DataSource.S3DataSource.S3Uri": "https://b/x"}),
     "file:// without a path": (f"{S3}.S3Uri", {"InputDataConfig.0.DataSource.S3DataSource.S3Uri": "file://"}),
 }
 
 
-def test_the_request_that_the_others_break_is_accepted(good, problems_of):
+def test_the_good_request_is_accepted(good, problems_of):
     assert problems_of(good) == ()
     assert problems_of(good, "local") == ()
     assert problems_of(good, "ssh://root@box:2222") == ()
@@ -337,7 +407,7 @@ def test_a_wrong_request_is_refused_with_its_field_named(name, good, problems_of
 
 
 @pytest.mark.parametrize("name", WRONG_HERE)
-def test_what_only_sagemaker_can_do_is_refused_for_local(name, good, problems_of):
+def test_sagemaker_only_features_are_refused_for_local(name, good, problems_of):
     field, changes = WRONG_HERE[name]
     for path, value in changes.items():
         put(good, path, value)
@@ -368,7 +438,7 @@ def test_all_mistakes_are_reported_at_once_with_value_rule_and_remedy(good, prob
     assert len(texts["HyperParameters.model"]) < 300
 
 
-def test_spot_without_checkpoints_is_refused_with_the_arithmetic(good, problems_of):
+def test_spot_without_checkpoints_is_refused_with_the_expected_loss(good, problems_of):
     put(good, "CheckpointConfig", DELETE)
     put(good, "StoppingCondition", {"MaxRuntimeInSeconds": 86400, "MaxWaitTimeInSeconds": 86400})
     (problem,) = problems_of(good)

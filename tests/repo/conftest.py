@@ -1,4 +1,4 @@
-"""What the repository's own tests share: its root, its files, its images."""
+"""Shared by the repository's own tests: its root, its files, its images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def files() -> list[Path]:
-    """Every file that is, or would be, in the repository: tracked or untracked, not ignored."""
+    """Every file in the repository, tracked or untracked, that is not ignored."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, check=True, capture_output=True, text=True,
@@ -26,7 +26,7 @@ def files() -> list[Path]:
 
 
 def image_names() -> list[str]:
-    """The folder is the registry; the stand-in base is not an image of its own."""
+    """The image folders. The local base is not an image of its own."""
     return sorted(path.parent.name for path in ROOT.glob("images/*/Dockerfile") if path.parent.name != "base")
 
 

@@ -1,4 +1,4 @@
-"""House rules that a glance does not show: no secrets, no machine's own names, scripts that parse, whole help."""
+"""Rules of the repository: no secrets, no machine-specific names, scripts that parse, complete help."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SECRETS = {
 HOSTS = re.compile(
     "|".join(["pypi" + r"\.org", "python" + "hosted", "deb" + r"\.debian\.org", "registry" + r"\.npmjs"])
 )
-# uv writes where it found each package; there is no form of its lock without that.
+# uv always writes the URL of each package into its lock.
 NAMES_HOSTS = {"uv.lock"}
 
 
@@ -36,13 +36,13 @@ def test_no_file_names_a_package_registry(files: list[Path]) -> None:
     assert [str(path) for path in files if path.name not in NAMES_HOSTS and HOSTS.search(text_of(path))] == []
 
 
-def test_no_file_holds_a_path_of_the_machine_it_was_written_on(root: Path, files: list[Path]) -> None:
+def test_no_file_contains_a_path_of_this_machine(root: Path, files: list[Path]) -> None:
     home, here = re.escape(str(Path.home())), re.escape(str(root))
     pattern = re.compile(rf"{here}\b|{home}/\.|/home/[a-z]+/")
     assert [str(path) for path in files if pattern.search(text_of(path))] == []
 
 
-def test_no_large_file_is_kept(files: list[Path]) -> None:
+def test_no_file_is_larger_than_a_megabyte(files: list[Path]) -> None:
     assert [str(path) for path in files if path.stat().st_size > 1_000_000] == []
 
 
@@ -62,8 +62,8 @@ def test_the_engine_script_passes_shellcheck(root: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_the_engine_script_stands_alone(root: Path) -> None:
-    """It is piped to a rented box, where nothing else of this repository is."""
+def test_the_engine_script_is_self_contained(root: Path) -> None:
+    """It is piped to a remote host that has no other file of this repository."""
     code = "\n".join(
         line for line in text_of(root / "scripts/engine.sh").splitlines() if not line.lstrip().startswith("#")
     )
@@ -80,13 +80,13 @@ def test_make_alone_lists_every_target(root: Path) -> None:
         assert re.search(rf"^  make {re.escape(target.replace('%', 'NAME'))} +\S", shown, re.MULTILINE), target
 
 
-def test_make_offers_what_the_readme_and_ci_call(root: Path) -> None:
-    made = text_of(root / "Makefile")
+def test_every_make_target_in_readme_and_ci_exists(root: Path) -> None:
+    makefile = text_of(root / "Makefile")
     for page in [root / ".ci/run", root / "buildspec.yml", *root.glob("README.md"), *root.glob("CONTRIBUTING.md")]:
         for target in re.findall(r"(?:^|`|exec |- )make ((?:[a-z]+(?:/[a-z-]+)? ?)+)", text_of(page), re.MULTILINE):
             for word in target.split():
                 rule = re.sub(r"/.*", "/%", word)
-                assert re.search(rf"^{re.escape(rule)}:", made, re.MULTILINE), f"{page.name}: make {word}"
+                assert re.search(rf"^{re.escape(rule)}:", makefile, re.MULTILINE), f"{page.name}: make {word}"
 
 
 def test_the_version_is_written_once(root: Path) -> None:

@@ -1,4 +1,4 @@
-"""Locks are in step with what they lock, and hold nothing of the machine that wrote them."""
+"""Locks match their requirements and contain nothing specific to the machine that wrote them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ LOCKS = [path for path in LOCKS if not {".venv", ".build"} & set(path.parts)]
 lock = pytest.mark.parametrize("lock", LOCKS, ids=lambda path: f"{path.parent.parent.name}/{path.parent.name}")
 
 
-def wanted(source: Path) -> list[Requirement]:
+def required(source: Path) -> list[Requirement]:
     """The requirements of a .in file, with those it includes by -r."""
-    found = []
+    requirements = []
     for line in source.read_text().splitlines():
         line = line.partition("#")[0].strip()
         if line.startswith("-r "):
-            found += wanted(source.parent / line.removeprefix("-r ").strip())
+            requirements += required(source.parent / line.removeprefix("-r ").strip())
         elif line:
-            found.append(Requirement(line))
-    return found
+            requirements.append(Requirement(line))
+    return requirements
 
 
 def locked(path: Path) -> list[tuple[str, Version, Marker | None]]:
@@ -43,17 +43,17 @@ def locked(path: Path) -> list[tuple[str, Version, Marker | None]]:
 @lock
 def test_a_lock_satisfies_its_requirements(lock: Path) -> None:
     entries = locked(lock)
-    for requirement in wanted(lock.parent / "requirements.in"):
+    for requirement in required(lock.parent / "requirements.in"):
         if requirement.name == "torch":
-            continue  # the base's
+            continue  # comes with the base
         versions = [version for name, version, _ in entries if name == canonicalize_name(requirement.name)]
-        assert versions, f"{requirement.name} is in requirements.in and not in the lock: run `make lock`"
+        assert versions, f"{requirement.name} is in requirements.in but not in the lock: run `make lock`"
         assert all(version in requirement.specifier for version in versions), f"{requirement}: run `make lock`"
 
 
 @lock
 @pytest.mark.parametrize("python", ["3.11", "3.12"])
-def test_a_lock_names_one_version_of_each_package_for_each_python(lock: Path, python: str) -> None:
+def test_a_lock_has_one_version_of_each_package_for_each_python(lock: Path, python: str) -> None:
     target = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux"}
     names = [name for name, _, marker in locked(lock) if marker is None or marker.evaluate(target)]
     assert sorted(names) == sorted(set(names))
@@ -77,14 +77,14 @@ def test_a_lock_names_no_index(lock: Path) -> None:
     assert re.findall(r"https?://|file:|--index|--find-links|@ ", lock.read_text()) == []
 
 
-def test_an_image_ships_the_versions_its_tests_ran_with(root: Path, image: str) -> None:
+def test_an_image_ships_the_versions_that_its_tests_use(root: Path, image: str) -> None:
     tested = {(name, version) for name, version, _ in locked(root / "tests/images" / image / "requirements.txt")}
     shipped = {(name, version) for name, version, _ in locked(root / "images" / image / "requirements.txt")}
     assert shipped - tested == set(), "run `make lock`"
 
 
-def test_the_stand_in_installs_the_cpu_build_of_the_torch_it_locked(root: Path) -> None:
-    (torch,) = [r for r in wanted(root / "images/base/requirements.in") if r.name == "torch"]
+def test_the_local_base_installs_the_cpu_build_of_the_torch_it_locked(root: Path) -> None:
+    (torch,) = [r for r in required(root / "images/base/requirements.in") if r.name == "torch"]
     (pin,) = [line for line in (root / "images/base/torch.txt").read_text().splitlines() if line.startswith("torch")]
     assert pin == f"{torch}+cpu"
 
@@ -94,7 +94,7 @@ def test_images_include_the_job_layers_requirements(root: Path, image: str) -> N
     assert first == "-r ../../shared/requirements.in"
 
 
-def test_the_developer_environment_is_in_step_and_light(root: Path) -> None:
+def test_the_developer_environment_is_locked_and_light(root: Path) -> None:
     packages = {entry["name"] for entry in tomllib.loads((root / "uv.lock").read_text())["package"]}
     assert not packages & {"torch", "triton", "transformers", "sentence-transformers"}
     uv = root / ".build/tools/bin/uv"
@@ -104,7 +104,7 @@ def test_the_developer_environment_is_in_step_and_light(root: Path) -> None:
     assert done.returncode == 0, f"{done.stderr}\nrun `make lock`"
 
 
-def test_the_job_layers_needs_are_the_same_inside_images_and_on_the_host(root: Path) -> None:
+def test_the_host_has_the_job_layers_requirements_of_the_images(root: Path) -> None:
     groups = tomllib.loads((root / "pyproject.toml").read_text())["dependency-groups"]
     host = {str(Requirement(line)) for line in groups["job-layer"]}
-    assert {str(r) for r in wanted(root / "shared/requirements.in")} <= host
+    assert {str(r) for r in required(root / "shared/requirements.in")} <= host

@@ -27,7 +27,7 @@ def pin(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleTy
     return module
 
 
-def test_every_base_is_asked_for_by_its_full_name(pin: ModuleType) -> None:
+def test_every_base_is_looked_up_by_its_full_name(pin: ModuleType) -> None:
     references = [p.reference for p in pin.pins(pin.BAKE.read_text(), "eu-west-3")]
     assert len(references) == 3
     assert all(
@@ -35,7 +35,7 @@ def test_every_base_is_asked_for_by_its_full_name(pin: ModuleType) -> None:
     )
 
 
-def test_an_answer_is_written_and_a_silence_leaves_the_rest(
+def test_a_digest_is_written_and_a_pin_without_an_answer_stays(
     pin: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def answer(reference: str) -> str:

@@ -1,17 +1,18 @@
-"""The job layer's prices and the launcher's are the same numbers of the same day."""
+"""The prices that images carry are derived from the launcher's table."""
 
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_both_tables_say_the_same() -> None:
-    ours = json.loads((ROOT / "shared/estiba/prices.json").read_text())
-    theirs = json.loads((ROOT / "launch/estiba_launch/data/instances.json").read_text())
-    assert ours["date"] == theirs["date"]
-    known = {name: item["usd_per_h"] for name, item in theirs["instances"].items()}
-    for name, price in ours["usd_per_h"].items():
-        assert known[name] == price, name
+def test_the_prices_of_the_job_layer_are_those_of_the_launcher() -> None:
+    script = runpy.run_path(str(ROOT / "scripts/derive_prices.py"))
+    table = json.loads(script["source"]().read_text())
+    derived = script["DERIVED"].read_text()
+    assert derived == script["derive"](table), "run python scripts/derive_prices.py"
+    prices = json.loads(derived)["usd_per_h"]
+    assert len(prices) > 30 and prices["ml.g5.xlarge"] == table["instances"]["ml.g5.xlarge"]["usd_per_h"]

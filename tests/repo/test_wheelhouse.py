@@ -1,9 +1,10 @@
-"""The wheelhouse decides for the image's Python, not for the one it runs with, and never takes CUDA."""
+"""The wheelhouse selects wheels for the image's Python, not for its own, and never a CUDA package."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -40,7 +41,7 @@ tqdm==4.70.1 \\
 
 
 @pytest.mark.parametrize(("python", "numpy"), [("3.11", "2.4.6"), ("3.12", "2.5.5")])
-def test_markers_are_decided_for_the_target_python(
+def test_markers_are_evaluated_for_the_target_python(
     wheelhouse: ModuleType, tmp_path: Path, python: str, numpy: str
 ) -> None:
     lock = tmp_path / "requirements.txt"
@@ -61,7 +62,7 @@ def test_cuda_wheels_are_refused_by_name(wheelhouse: ModuleType, tmp_path: Path)
         wheelhouse.refuse_cuda(tmp_path)
 
 
-def test_files_of_an_earlier_lock_are_dropped(wheelhouse: ModuleType, tmp_path: Path) -> None:
+def test_files_of_an_earlier_lock_are_deleted(wheelhouse: ModuleType, tmp_path: Path) -> None:
     names = [
         "tqdm-4.70.1-py3-none-any.whl",
         "tqdm-4.69.0-py3-none-any.whl",
@@ -80,3 +81,20 @@ def test_files_of_an_earlier_lock_are_dropped(wheelhouse: ModuleType, tmp_path: 
 def test_a_name_without_a_lock_says_what_to_do(wheelhouse: ModuleType) -> None:
     with pytest.raises(wheelhouse.WheelhouseError, match="make lock"):
         wheelhouse.lock_of("no-such-image")
+
+
+def test_files_are_taken_out_of_a_package_that_is_not_installed(
+    wheelhouse: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(folder: Path, python: str, lines: list[str]) -> None:
+        assert (python, lines) == ("3.11", ["palabras==1.0 --hash=sha256:aa"])
+        with zipfile.ZipFile(folder / "palabras-1.0-py3-none-any.whl", "w") as archive:
+            archive.writestr("palabras/data/words.txt", "barco")
+            archive.writestr("palabras/__init__.py", "raise ImportError")
+
+    monkeypatch.setattr(wheelhouse, "fetch_locked", fetch)
+    listing = tmp_path / "data.txt"
+    listing.write_text("# a comment\npalabras==1.0 --hash=sha256:aa palabras/data/words.txt\n")
+    wheelhouse.fetch_data(tmp_path / "share", "3.11", listing)
+    assert {path.name for path in (tmp_path / "share").rglob("*")} == {"palabras", "words.txt"}
+    assert (tmp_path / "share/palabras/words.txt").read_text() == "barco"

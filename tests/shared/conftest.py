@@ -1,4 +1,4 @@
-"""What the job layer's tests share: a clean environment, one S3 server, another user, a stub workload as a process."""
+"""Shared fixtures of the job layer's tests: a clean environment, one S3 server, another user, a stub workload."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from typing import Any
 import pytest
 
 from s3server import S3Server, s3_server
+from shared.script_hosts import Hosts
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 NOBODY = 65534
 FOREIGN = ("AWS_", "ESTIBA_", "SM_", "SAGEMAKER_", "TRAINING_JOB_")
-"""What the job layer reads of a machine; a test starts without any of it."""
+"""Variables that the job layer reads; each test starts without them."""
 
 STUB = '''
 """A workload whose behaviour is chosen by --mode."""
 import json, os, sys, threading, time
 from estiba.config import Config
 from estiba.errors import ConfigError, DataError
-from estiba.workload import run
+from estiba.platform.workload import run
 
 class StubConfig(Config):
     mode: str = "report"
@@ -85,7 +86,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         if name.startswith(FOREIGN) and name != "AWS_CA_BUNDLE":
             monkeypatch.delenv(name)
     monkeypatch.delenv("CURRENT_HOST", raising=False)
-    # No test finds this machine's own account by accident.
+    # No test uses this machine's own AWS account by accident.
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -104,7 +105,7 @@ def s3_process() -> Iterator[S3Server]:
 
 @pytest.fixture(scope="session")
 def s3_client(s3_process: S3Server) -> Any:
-    """Someone else's view of the same objects; made once, as that takes a while."""
+    """An independent boto3 client; created once, since that is slow."""
     return s3_process.client()
 
 
@@ -113,13 +114,13 @@ def s3(s3_process: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     """The server, with this process's environment pointing to it."""
     for name, value in s3_process.environ.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.delenv("AWS_ALLOW_HTTP")  # the store must see for itself that the endpoint is plain http
+    monkeypatch.delenv("AWS_ALLOW_HTTP")  # the store must detect by itself that the endpoint is plain http
     return s3_process
 
 
 @pytest.fixture
 def s3_url(s3: S3Server) -> str:
-    """A prefix of one's own."""
+    """A prefix for this test alone."""
     return f"s3://estiba/{uuid.uuid4().hex}"
 
 
@@ -203,7 +204,7 @@ class Place:
         return path
 
     def start(self, *command: str | Path, env: Mapping[str, str | None] | None = None, **options: Any) -> Any:
-        """A process of this place; it and what it started are killed after the test."""
+        """Start a process in this root; it and its descendants are killed after the test."""
         environ = {name: value for name, value in {**self.environ, **(env or {})}.items() if value is not None}
         settings: dict[str, Any] = {
             "stdin": subprocess.DEVNULL,
@@ -219,10 +220,10 @@ class Place:
 
     def entry(self, *arguments: str | Path, env: Mapping[str, str | None] | None = None, **options: Any) -> Any:
         """PID 1's program, started with a container's arguments."""
-        return self.start(sys.executable, "-m", "estiba.entry", *arguments, env=env, **options)
+        return self.start(sys.executable, "-m", "estiba.platform.entry", *arguments, env=env, **options)
 
     def run(self, process: Any, timeout_s: float = 20) -> subprocess.CompletedProcess[bytes]:
-        """Wait for the end."""
+        """Wait for the process to end."""
         out, err = process.communicate(timeout=timeout_s)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
@@ -230,7 +231,7 @@ class Place:
         return self.failure.read_text() if self.failure.exists() else "(no failure file)"
 
     def end(self) -> None:
-        """Kill what is left, grandchildren included: they all carry this place's root in their environment."""
+        """Kill remaining processes, grandchildren included: they all have this root in their environment."""
         mark = f"ESTIBA_ROOT={self.root}".encode()
         for folder in Path("/proc").iterdir():
             if folder.name.isdigit():
@@ -260,8 +261,22 @@ def place(tmp_path: Path, bytecode: Path) -> Iterator[Place]:
 
 
 @pytest.fixture
+def hosts(tmp_path: Path, bytecode: Path) -> Iterator[Callable[..., Hosts]]:
+    """hosts("127.0.0.1", "127.0.0.2"): the hosts of one script job; localhost alone by default."""
+    made: list[Hosts] = []
+
+    def make(*names: str) -> Hosts:
+        made.append(Hosts(tmp_path / f"job-{len(made)}", bytecode, names or ["localhost"]))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
 def until() -> Callable[[Callable[[], Any]], Any]:
-    """Wait until something is so; returns it. Fails after ten seconds."""
+    """Wait until a condition is true; returns its value. Fails after ten seconds."""
 
     def wait(condition: Callable[[], Any]) -> Any:
         deadline = time.monotonic() + 10

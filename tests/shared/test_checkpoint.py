@@ -1,4 +1,4 @@
-"""Finished work verifies on every load; what does not is set aside, and the one before is used."""
+"""Finished work verifies on every load; damaged work is quarantined, and the previous chunk is used."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import xxhash
 
-from estiba.checkpoint import Ledger, Pieces, digest_of, exclusive
+from estiba.checkpoint import ChunkStore, Ledger, digest_of, exclusive
 from estiba.errors import CheckpointError, StoreError
-from estiba.store import FileStore, Store, open_store
+from estiba.storage import FileStore, Store, open_store
 
 DATA = bytes(range(256)) * 64  # four pages
 
@@ -32,56 +32,56 @@ def names(store: Store) -> list[str]:
     return [entry.path for entry in store.list()]
 
 
-# --- pieces --------------------------------------------------------------------------------------------------------
+# --- chunks -------------------------------------------------------------------------------------------------------
 
 
-def test_a_piece_is_found_again_by_its_key(store: Store) -> None:
-    pieces = Pieces(store, "done/pieces")
-    name = pieces.commit("a b/0001.ñ", DATA)
+def test_a_committed_chunk_loads_by_its_key(store: Store) -> None:
+    chunks = ChunkStore(store, "done/pieces")
+    name = chunks.commit("a b/0001.ñ", DATA)
     assert name == f"done/pieces/a b/0001.ñ.{xxhash.xxh3_128_hexdigest(DATA)}.piece"
-    for found in (pieces, Pieces(store, "done/pieces"), Pieces(store, "/done/pieces/")):
+    for found in (chunks, ChunkStore(store, "done/pieces"), ChunkStore(store, "/done/pieces/")):
         assert "a b/0001.ñ" in found
         assert "a b" not in found
         assert found.load("a b/0001.ñ") == DATA
         assert found.load("absent") is None
-    assert Pieces(store, "done/pieces", listed=False).load("a b/0001.ñ") is None
+    assert ChunkStore(store, "done/pieces", listed=False).load("a b/0001.ñ") is None
 
 
-def test_an_empty_piece_is_a_piece(store: Store) -> None:
-    Pieces(store, "").commit("nothing", b"")
-    assert Pieces(store, "").load("nothing") == b""
+def test_an_empty_chunk_is_a_chunk(store: Store) -> None:
+    ChunkStore(store, "").commit("nothing", b"")
+    assert ChunkStore(store, "").load("nothing") == b""
 
 
 def test_keys_come_sorted_and_by_folder(store: Store) -> None:
-    pieces = Pieces(store, "p")
+    chunks = ChunkStore(store, "p")
     for key in ("b/2", "a/10", "b/1", "bb/0"):
-        pieces.commit(key, key.encode())
-    for found in (pieces, Pieces(store, "p")):
+        chunks.commit(key, key.encode())
+    for found in (chunks, ChunkStore(store, "p")):
         assert found.keys() == ["a/10", "b/1", "b/2", "bb/0"]
         assert found.keys("b/") == ["b/1", "b/2"]
 
 
-def test_a_piece_committed_again_replaces_the_old_one(store: Store) -> None:
-    pieces = Pieces(store, "p")
-    pieces.commit("a", b"old")
-    pieces.commit("a", b"new")
-    pieces.commit("a", b"new")
+def test_a_chunk_committed_again_replaces_the_old_one(store: Store) -> None:
+    chunks = ChunkStore(store, "p")
+    chunks.commit("a", b"old")
+    chunks.commit("a", b"new")
+    chunks.commit("a", b"new")
     assert names(store) == [f"p/a.{digest_of(b'new')}.piece"]
-    assert Pieces(store, "p").load("a") == b"new"
+    assert ChunkStore(store, "p").load("a") == b"new"
 
 
-def test_dropped_pieces_are_gone(store: Store) -> None:
-    pieces = Pieces(store, "p")
+def test_dropped_chunks_are_gone(store: Store) -> None:
+    chunks = ChunkStore(store, "p")
     for key in ("a", "b", "c"):
-        pieces.commit(key, key.encode())
-    pieces.drop(["a", "absent", "c"])
-    assert pieces.keys() == ["b"]
-    assert Pieces(store, "p").keys() == ["b"]
+        chunks.commit(key, key.encode())
+    chunks.drop(["a", "absent", "c"])
+    assert chunks.keys() == ["b"]
+    assert ChunkStore(store, "p").keys() == ["b"]
 
 
-def test_a_piece_of_another_process_can_be_adopted(store: Store) -> None:
-    mine = Pieces(store, "p")
-    name = Pieces(store, "p").commit("a", b"theirs")
+def test_a_chunk_of_another_process_can_be_adopted(store: Store) -> None:
+    mine = ChunkStore(store, "p")
+    name = ChunkStore(store, "p").commit("a", b"theirs")
     assert mine.load("a") is None
     mine.adopt("a", name)
     assert mine.load("a") == b"theirs"
@@ -103,47 +103,47 @@ def damage(kind: str, data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["a flipped bit", "a zeroed page", "cut short", "emptied", "grown"])
-def test_a_damaged_piece_is_set_aside_and_never_returned(
+def test_a_damaged_chunk_is_quarantined_and_never_returned(
     store: Store, kind: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    name = Pieces(store, "p").commit("a", DATA)
-    Pieces(store, "p").commit("b", DATA)
+    name = ChunkStore(store, "p").commit("a", DATA)
+    ChunkStore(store, "p").commit("b", DATA)
     store.write(name, damage(kind, DATA))
-    pieces = Pieces(store, "p")
-    assert "a" in pieces
-    assert pieces.load("a") is None
+    chunks = ChunkStore(store, "p")
+    assert "a" in chunks
+    assert chunks.load("a") is None
     assert capfd.readouterr().err == (
-        f"warning: {store.url}/{name}: its bytes do not match its digest; set aside, this piece is computed again\n"
+        f"warning: {store.url}/{name}: its bytes do not match its digest; quarantined, this chunk is computed again\n"
     )
     assert names(store) == [f"{name}.bad", f"p/b.{digest_of(DATA)}.piece"]
-    for later in (pieces, Pieces(store, "p")):
+    for later in (chunks, ChunkStore(store, "p")):
         assert "a" not in later
         assert later.load("a") is None
         assert later.load("b") == DATA
-    assert capfd.readouterr().err == ""  # told once
-    pieces.commit("a", DATA)
-    assert Pieces(store, "p").load("a") == DATA
+    assert capfd.readouterr().err == ""  # reported once
+    chunks.commit("a", DATA)
+    assert ChunkStore(store, "p").load("a") == DATA
 
 
-def test_a_piece_that_went_away_is_computed_again(store: Store, capfd: pytest.CaptureFixture[str]) -> None:
-    pieces = Pieces(store, "p")
-    store.delete(pieces.commit("a", DATA))
-    assert pieces.load("a") is None
+def test_a_deleted_chunk_is_computed_again(store: Store, capfd: pytest.CaptureFixture[str]) -> None:
+    chunks = ChunkStore(store, "p")
+    store.delete(chunks.commit("a", DATA))
+    assert chunks.load("a") is None
     assert "warning: " in capfd.readouterr().err
-    assert "a" not in pieces
+    assert "a" not in chunks
 
 
-def test_a_damaged_piece_on_a_read_only_disk_is_still_not_returned(
+def test_a_damaged_chunk_on_a_read_only_disk_is_still_not_returned(
     open_dir: Path, as_nobody: Callable[[Callable[[], Any]], Any]
 ) -> None:
     store = FileStore(open_dir)
-    name = Pieces(store, "p").commit("a", DATA)
+    name = ChunkStore(store, "p").commit("a", DATA)
     store.path_of(name).write_bytes(DATA[:-1])
     os.chmod(store.path_of(name), 0o644)
-    assert as_nobody(lambda: [(pieces := Pieces(store, "p")).load("a"), pieces.load("a")]) == [None, None]
+    assert as_nobody(lambda: [(chunks := ChunkStore(store, "p")).load("a"), chunks.load("a")]) == [None, None]
 
 
-def test_other_files_in_the_folder_are_no_pieces(store: Store) -> None:
+def test_other_files_in_the_folder_are_not_chunks(store: Store) -> None:
     for name in (
         "p/notes.txt",
         "p/a.piece",
@@ -153,35 +153,35 @@ def test_other_files_in_the_folder_are_no_pieces(store: Store) -> None:
     ):
         store.write(name, b"x")
     store.write(f"p/a.{digest_of(b'x')}.piece.bad", b"x")
-    assert Pieces(store, "p").keys() == []
+    assert ChunkStore(store, "p").keys() == []
 
 
 CRASH = """
 import os, signal, sys
 from pathlib import Path
-from estiba.checkpoint import Pieces
-from estiba.store import FileStore
+from estiba.checkpoint import ChunkStore
+from estiba.storage import FileStore
 class Killed(FileStore):
     def write(self, path, data):
         with self.writer(path) as file:
             file.write(data[: len(data) // 2])
             file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
-Pieces(Killed(Path(sys.argv[1])), "p").commit("a", b"half of this is written")
+ChunkStore(Killed(Path(sys.argv[1])), "p").commit("a", b"half of this is written")
 """
 
 
-def test_what_a_killed_process_left_is_no_piece_and_is_in_nobodys_way(place: Any, tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_not_chunks_and_do_not_block_writes(place: Any, tmp_path: Path) -> None:
     store = FileStore(tmp_path / "store")
-    Pieces(store, "p").commit("b", b"kept")
+    ChunkStore(store, "p").commit("b", b"kept")
     process = place.start(sys.executable, place.script(CRASH), store.url)
     assert place.run(process).returncode == -signal.SIGKILL
     left = [path.name for path in store.path_of("p").iterdir() if "tmp" in path.name]
     assert len(left) == 1  # it was killed in the middle
-    pieces = Pieces(store, "p")
-    assert pieces.keys() == ["b"]
-    pieces.commit("a", b"half of this is written")
-    assert Pieces(store, "p").load("a") == b"half of this is written"
+    chunks = ChunkStore(store, "p")
+    assert chunks.keys() == ["b"]
+    chunks.commit("a", b"half of this is written")
+    assert ChunkStore(store, "p").load("a") == b"half of this is written"
     assert [path.name for path in store.path_of("p").iterdir() if "tmp" in path.name] == []
 
 
@@ -201,7 +201,9 @@ def test_the_newest_record_is_read_and_the_newest_two_are_kept(store: Store) -> 
     assert len(names(store)) == 2
 
 
-def test_a_damaged_newest_record_gives_the_one_before(store: Store, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_newest_record_falls_back_to_the_previous_one(
+    store: Store, capfd: pytest.CaptureFixture[str]
+) -> None:
     ledger = Ledger(store, "ledger", "algo-1")
     for data in (b"first", b"second", b"third"):
         ledger.write(data)
@@ -209,7 +211,7 @@ def test_a_damaged_newest_record_gives_the_one_before(store: Store, capfd: pytes
     store.write(newest, b"thirD")
     found = Ledger(store, "ledger", "algo-1")
     assert list(found.newest()) == [b"second"]
-    assert "set aside" in capfd.readouterr().err
+    assert "quarantined" in capfd.readouterr().err
     found.write(b"fourth")
     assert list(Ledger(store, "ledger", "algo-1").newest()) == [b"fourth"]
 
@@ -223,7 +225,7 @@ def test_when_no_record_verifies_there_is_none(store: Store) -> None:
     assert list(Ledger(store, "ledger", "algo-1").newest()) == []
 
 
-def test_several_hosts_in_one_folder_write_their_own_and_read_everyones(store: Store) -> None:
+def test_hosts_that_share_a_folder_write_their_own_records_and_read_all(store: Store) -> None:
     hosts = [f"algo-{number}" for number in (1, 2, 10)]
     ledgers = {host: Ledger(store, "ledger", host) for host in hosts}
     for number in range(3):
@@ -250,7 +252,7 @@ import sys, time
 from pathlib import Path
 from estiba.checkpoint import exclusive
 from estiba.errors import CheckpointError
-from estiba.store import FileStore
+from estiba.storage import FileStore
 try:
     with exclusive(FileStore(Path(sys.argv[1])), "embed-algo-1"):
         print("held", flush=True)
@@ -284,7 +286,7 @@ def test_a_folder_is_free_again_after_its_block_even_if_that_raised(tmp_path: Pa
         raise AssertionError("both are inside")
 
 
-def test_a_folder_that_cannot_be_written_is_named_with_the_ways_out(
+def test_an_unwritable_folder_is_named_with_the_remedies(
     open_dir: Path, as_nobody: Callable[[Callable[[], Any]], Any]
 ) -> None:
     def hold() -> None:
@@ -304,17 +306,17 @@ def test_objects_have_no_locks_and_need_none(s3_url: str) -> None:
     assert store.list() == []
 
 
-def test_a_lock_is_no_piece(tmp_path: Path) -> None:
+def test_a_lock_file_is_not_a_chunk(tmp_path: Path) -> None:
     store = FileStore(tmp_path)
     with exclusive(store, "embed-algo-1"):
-        assert Pieces(store, "").keys() == []
+        assert ChunkStore(store, "").keys() == []
 
 
 def test_a_store_that_cannot_be_listed_is_an_error_and_not_an_empty_checkpoint(
     open_dir: Path, as_nobody: Callable[[Callable[[], Any]], Any]
 ) -> None:
     store = FileStore(open_dir)
-    Pieces(store, "p").commit("a", DATA)
+    ChunkStore(store, "p").commit("a", DATA)
     store.path_of("p").chmod(0o700)
     with pytest.raises(StoreError, match="Permission denied"):
-        as_nobody(lambda: Pieces(store, "p").keys())
+        as_nobody(lambda: ChunkStore(store, "p").keys())

@@ -89,7 +89,7 @@ def test_a_terminals_own_columns_variable_is_not_the_field_of_that_name() -> Non
     assert sample(env={"COLUMNS": "132", "SM_HP_COLUMNS": "c"}).columns == ["c"]
 
 
-def test_an_empty_variable_is_as_good_as_none() -> None:
+def test_an_empty_variable_counts_as_unset() -> None:
     assert sample(env={"ESTIBA_BATCH_SIZE": ""}, hyper={"batch-size": "3"}).batch_size == 3
 
 
@@ -129,7 +129,7 @@ def test_json_quoted_and_bare_hyperparameters_are_the_same(field: str, bare: str
     assert getattr(sample(hyper={field: json.dumps(bare)}), field) == expected
 
 
-def test_quotes_that_are_no_json_string_belong_to_the_value() -> None:
+def test_quotes_that_are_not_a_json_string_belong_to_the_value() -> None:
     assert sample(hyper={"prompt": '"a" or "b"'}).prompt == '"a" or "b"'
     assert sample(hyper={"prompt": '"'}).prompt == '"'
     assert sample("--prompt", '"quoted"').prompt == '"quoted"'
@@ -168,7 +168,7 @@ def test_none_and_null_turn_an_optional_field_off(text: str) -> None:
     assert sample(hyper={"save-every-s": text}).save_every_s is None
 
 
-def test_none_is_a_name_like_any_other_where_a_field_cannot_be_off() -> None:
+def test_none_is_a_plain_string_for_a_field_that_is_not_optional() -> None:
     assert sample("--text-column", "none").text_column == "none"
 
 
@@ -228,7 +228,7 @@ def test_a_choice_of_numbers_takes_the_number_as_text() -> None:
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-Infinity"])
-def test_a_number_must_be_one(text: str) -> None:
+def test_a_number_that_does_not_parse_is_refused(text: str) -> None:
     [message] = mistakes(f"--learning-rate={text}")
     assert text in message
     assert "finite" in message
@@ -262,12 +262,12 @@ def test_an_unknown_estiba_variable_is_refused_by_name_with_a_suggestion() -> No
     ]
 
 
-def test_a_name_like_nothing_known_gets_the_whole_list() -> None:
+def test_a_name_without_a_close_match_gets_the_whole_list() -> None:
     [message] = mistakes("--0123456789=1")
     assert "--text-column, --batch-size" in message
 
 
-def test_variables_of_others_and_of_the_job_layer_are_no_mistakes() -> None:
+def test_foreign_and_job_layer_variables_are_not_mistakes() -> None:
     others = {"SM_HP_UNKNOWN": "1", "SM_MODEL_DIR": "/opt/ml/model", "PATH": "/bin", "MODEL_DIR": "x"}
     assert sample(env={**others, **dict.fromkeys(RESERVED_ENV, "1")}) == sample()
 
@@ -287,7 +287,7 @@ def test_hyperparameters_of_sagemaker_itself_are_ignored() -> None:
     assert sample(hyper=own) == sample()
 
 
-def test_a_word_that_belongs_to_no_flag_is_refused() -> None:
+def test_a_stray_argument_is_refused() -> None:
     [message] = mistakes("data.parquet")
     assert "'data.parquet'" in message
     [message] = mistakes("--text-column", "a", "b")
@@ -313,7 +313,7 @@ def test_a_value_out_of_bounds_or_choices_is_refused_with_what_is_allowed() -> N
     assert "'auto' or 'float32'" in mistakes("--dtype", "int8")[0]
 
 
-def test_a_field_without_a_default_is_asked_for_by_its_flag() -> None:
+def test_a_missing_required_field_is_named_by_its_flag() -> None:
     with pytest.raises(ConfigError) as caught:
         sample("--epochs", "x", cls=Needy)
     missing, wrong = sorted(str(caught.value).splitlines())
@@ -353,7 +353,7 @@ def test_every_mistake_is_reported_at_once() -> None:
 
 
 @pytest.mark.parametrize("width", ["30", "80", "200"])
-def test_help_shows_every_flag_with_its_words_and_default(
+def test_help_shows_every_flag_with_its_docstring_and_default(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: str
 ) -> None:
     monkeypatch.setenv("COLUMNS", width)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from estiba.contract import Job, root_of
 from estiba.errors import ConfigError
+from estiba.platform.contract import Job, root_of
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def read(root: Path, **environ: str) -> Job:
     return Job.read({"ESTIBA_ROOT": str(root), **environ})
 
 
-def test_nothing_at_all_is_one_host_with_nothing_configured(tmp_path: Path) -> None:
+def test_an_empty_tree_is_one_host_with_nothing_configured(tmp_path: Path) -> None:
     job = read(tmp_path / "absent")
     assert job.hyperparameters == {}
     assert job.channels == {}
@@ -116,7 +116,7 @@ def test_a_local_path_elsewhere_stays_where_it_is(root: Path, path: str) -> None
 # --- channels ------------------------------------------------------------------------------------------------------
 
 
-def test_channels_know_their_mode_and_who_has_what(root: Path) -> None:
+def test_channels_have_their_mode_and_distribution(root: Path) -> None:
     put(
         root,
         "inputdataconfig",
@@ -161,7 +161,7 @@ def test_a_path_belongs_to_the_channel_that_holds_it(root: Path) -> None:
 
 
 @pytest.mark.parametrize("given", ["File", ["File"], None, 3])
-def test_a_channel_that_is_no_object_is_refused_by_name(root: Path, given: object) -> None:
+def test_a_channel_that_is_not_an_object_is_refused_by_name(root: Path, given: object) -> None:
     put(root, "inputdataconfig", {"dataset": given})
     with pytest.raises(ConfigError) as caught:
         read(root)
@@ -172,7 +172,7 @@ def test_a_channel_that_is_no_object_is_refused_by_name(root: Path, given: objec
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-def test_values_that_are_no_strings_become_the_json_that_a_string_would_hold(root: Path) -> None:
+def test_values_that_are_not_strings_become_json_strings(root: Path) -> None:
     put(root, "hyperparameters", {"a": 1, "b": True, "c": None, "d": [1, "x"], "e": 0.5, "f": "1"})
     assert read(root).hyperparameters == {"a": "1", "b": "true", "c": "null", "d": '[1, "x"]', "e": "0.5", "f": "1"}
 
@@ -183,11 +183,16 @@ FILES = ["hyperparameters", "resourceconfig", "inputdataconfig", "checkpointconf
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize(
     ("content", "word"),
-    [("{", "not JSON"), ("[1]", "list"), ('"text"', "str"), ("null", "NoneType"), ("{'a': 1}", "not JSON")],
+    [
+        ("{", "not JSON"),
+        ("[1]", "list"),
+        ('"text"', "str"),
+        ("null", "NoneType"),
+        ("{'a': 1}", "not JSON"),
+        ("[" * 100_000, "JSON"),
+    ],
 )
-def test_a_file_that_is_there_and_broken_is_an_error_and_not_a_default(
-    root: Path, name: str, content: str, word: str
-) -> None:
+def test_a_broken_file_is_an_error_and_not_a_default(root: Path, name: str, content: str, word: str) -> None:
     path = put(root, name, content)
     with pytest.raises(ConfigError) as caught:
         read(root)
@@ -196,13 +201,13 @@ def test_a_file_that_is_there_and_broken_is_an_error_and_not_a_default(
 
 
 @pytest.mark.parametrize("content", ["", "\n", "{}"])
-def test_an_empty_file_is_as_good_as_none(root: Path, content: str) -> None:
+def test_an_empty_file_counts_as_missing(root: Path, content: str) -> None:
     for name in FILES:
         put(root, name, content)
     assert read(root) == read(root / "absent", ESTIBA_ROOT=str(root))
 
 
-def test_bytes_that_are_no_utf8_are_named(root: Path) -> None:
+def test_a_file_that_is_not_utf8_is_named(root: Path) -> None:
     path = root / "input/config/hyperparameters.json"
     path.write_bytes(b'{"prompt": "\xe9"}')
     with pytest.raises(ConfigError, match="UTF-8") as caught:
@@ -210,7 +215,7 @@ def test_bytes_that_are_no_utf8_are_named(root: Path) -> None:
     assert str(path) in str(caught.value)
 
 
-def test_a_directory_in_a_files_place_is_named(root: Path) -> None:  # `docker run -v` of an absent file makes one
+def test_a_directory_in_place_of_a_file_is_named(root: Path) -> None:  # `docker run -v` of an absent file makes one
     path = root / "input/config/hyperparameters.json"
     path.mkdir()
     with pytest.raises(ConfigError) as caught:

@@ -29,7 +29,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_a_line_is_name_value_pairs_with_rate_and_time_to_go(clock: list[float]) -> None:
+def test_a_line_is_name_value_pairs_with_rate_and_eta(clock: list[float]) -> None:
     stream = io.StringIO()
     progress = Progress(total=1000, unit="rows", stream=stream)
     clock[0] += 2
@@ -68,7 +68,7 @@ def test_lines_come_at_intervals_and_not_at_every_step(clock: list[float]) -> No
     assert [fields_of(line)["steps"] for line in stream.getvalue().splitlines()] == ["20", "40", "60", "80", "100"]
 
 
-def test_what_an_earlier_attempt_did_counts_in_the_share_and_not_in_the_rate(clock: list[float]) -> None:
+def test_work_of_earlier_attempts_counts_in_the_total_and_not_in_the_rate(clock: list[float]) -> None:
     stream = io.StringIO()
     progress = Progress(total=1000, unit="rows", done=900, stream=stream)
     clock[0] += 10
@@ -77,7 +77,7 @@ def test_what_an_earlier_attempt_did_counts_in_the_share_and_not_in_the_rate(clo
     assert (found["rows"], found["rows_per_s"], found["eta_s"]) == ("950", "5", "10")
 
 
-def test_before_anything_is_done_there_is_no_time_to_go(clock: list[float]) -> None:
+def test_there_is_no_eta_before_the_first_progress(clock: list[float]) -> None:
     stream = io.StringIO()
     Progress(total=10, unit="rows", stream=stream).line()
     assert "eta_s" not in fields_of(stream.getvalue())
@@ -108,7 +108,7 @@ def test_the_metrics_file_has_the_same_numbers_as_json_lines(tmp_path: Path, clo
     assert fields_of(stream.getvalue().splitlines()[1])["loss"] == "nan"
 
 
-def test_a_full_disk_costs_the_diary_and_not_the_job(clock: list[float]) -> None:
+def test_a_full_disk_ends_the_metrics_file_and_not_the_job(clock: list[float]) -> None:
     stream = io.StringIO()
     progress = Progress(total=10, unit="rows", stream=stream, metrics_path=Path("/dev/full"))
     progress.line()

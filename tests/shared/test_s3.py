@@ -1,4 +1,4 @@
-"""S3 over the wire: parts, aborts, outages, credentials that end, and messages that say what to do."""
+"""S3 over the wire: parts, aborts, outages, expiring credentials, and messages with a remedy."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from urllib.parse import urlsplit
 
 import pytest
 
-import estiba.s3
+import estiba.storage.s3_client
 from estiba.errors import ConfigError, StoreError
-from estiba.s3 import PART_BYTES, S3ObjectStore
-from estiba.store import Store, open_store
+from estiba.storage import Store, open_store
+from estiba.storage.s3 import S3ObjectStore
+from estiba.storage.s3_files import PART_BYTES
 from s3server import S3Server, s3_server
 
 
@@ -33,7 +34,7 @@ def store(s3_url: str) -> S3ObjectStore:
 
 
 def unfinished(client: Any, store: S3ObjectStore) -> list[str]:
-    """Keys of multipart uploads that would be stored and paid for."""
+    """Keys of unfinished multipart uploads, which would be billed."""
     found = client.list_multipart_uploads(Bucket="estiba").get("Uploads", [])
     return [upload["Key"] for upload in found if upload["Key"].startswith(f"{store.prefix}/")]
 
@@ -64,7 +65,7 @@ def test_an_object_of_any_size_comes_back_whole(s3_client: Any, store: S3ObjectS
     ("size", "error"),
     [(10, ValueError), (PART_BYTES + 10, StoreError), (4 * PART_BYTES, ValueError), (PART_BYTES, KeyboardInterrupt)],
 )
-def test_a_writer_that_is_given_up_leaves_neither_object_nor_upload(
+def test_an_abandoned_writer_leaves_neither_object_nor_upload(
     s3_client: Any, store: S3ObjectStore, size: int, error: type[BaseException]
 ) -> None:
     def give_up() -> None:
@@ -96,7 +97,7 @@ def test_an_object_that_shrinks_while_it_is_read_is_an_error_and_not_an_early_en
             file.read()
 
 
-def test_a_file_that_is_read_in_small_bites_asks_in_large_ones(store: S3ObjectStore) -> None:
+def test_small_reads_of_a_file_are_batched_into_large_requests(store: S3ObjectStore) -> None:
     store.write("x", bytes(range(250)) * 1000)
     asked: list[int] = []
     read = store.read
@@ -134,7 +135,7 @@ def test_an_entry_knows_the_version_of_its_object(s3_client: Any, store: S3Objec
     assert store.list()[0].etag != first.etag
 
 
-def test_the_folder_markers_of_a_console_are_no_objects(s3_client: Any, store: S3ObjectStore) -> None:
+def test_folder_markers_of_the_console_are_not_objects(s3_client: Any, store: S3ObjectStore) -> None:
     for key in ("", "a/", "a/x", "childless/", "both", "both/", "empty"):
         s3_client.put_object(Bucket="estiba", Key=f"{store.prefix}/{key}", Body=b"")
     assert [entry.path for entry in store.list()] == ["a/x", "both", "empty"]
@@ -142,7 +143,7 @@ def test_the_folder_markers_of_a_console_are_no_objects(s3_client: Any, store: S
 
 
 @pytest.mark.parametrize("key", ["a//b", "./b", "a/../b"])
-def test_a_name_that_cannot_be_used_is_refused_with_what_to_do(s3_client: Any, store: S3ObjectStore, key: str) -> None:
+def test_a_name_that_cannot_be_used_is_refused_with_the_remedy(s3_client: Any, store: S3ObjectStore, key: str) -> None:
     s3_client.put_object(Bucket="estiba", Key=f"{store.prefix}/{key}", Body=b"")
     for act in (store.list, lambda: store.write(key, b""), lambda: store.read(key)):
         with pytest.raises(StoreError, match="rename the object"):
@@ -150,7 +151,7 @@ def test_a_name_that_cannot_be_used_is_refused_with_what_to_do(s3_client: Any, s
 
 
 @pytest.mark.parametrize("tail", ["", "/"])
-def test_a_prefix_may_hold_anything_a_key_may(s3_client: Any, s3_url: str, tail: str) -> None:
+def test_a_prefix_may_contain_any_character_of_a_key(s3_client: Any, s3_url: str, tail: str) -> None:
     store = open_store(f"{s3_url}/a#b?c=d/100%25 ñ{tail}")
     store.write("x", b"1")
     assert store.url_of("x") == f"{s3_url}/a#b?c=d/100%25 ñ/x"
@@ -197,7 +198,7 @@ def test_the_endpoint_is_the_standard_variable(
 
 
 @pytest.mark.parametrize("endpoint", ["localhost:9000", "http://", "ftp://host", "127.0.0.1"])
-def test_an_endpoint_that_is_no_url_is_refused_before_anything_is_sent(
+def test_an_endpoint_that_is_not_a_url_is_refused_before_any_request(
     s3: S3Server, monkeypatch: pytest.MonkeyPatch, endpoint: str
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
@@ -219,7 +220,7 @@ def test_certificates_that_cannot_be_read_are_a_mistake_of_configuration(
 
 
 @pytest.mark.timeout(60)
-def test_an_endpoint_that_is_gone_for_five_seconds_costs_five_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_that_is_down_for_five_seconds_costs_five_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     with s3_server() as server:
         server.make_bucket("estiba")
         for name, value in server.environ.items():
@@ -239,10 +240,10 @@ def test_an_endpoint_that_is_gone_for_five_seconds_costs_five_seconds(monkeypatc
 
 
 @pytest.mark.timeout(30)
-def test_an_endpoint_that_stays_away_is_an_error_with_the_address(
+def test_an_endpoint_that_stays_down_is_an_error_with_the_address(
     s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(estiba.s3, "RETRY_TIMEOUT", timedelta(seconds=0.3))
+    monkeypatch.setattr(estiba.storage.s3_client, "RETRY_TIMEOUT", timedelta(seconds=0.3))
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
     store = open_store("s3://estiba/x")
     for act in (store.list, lambda: store.head("y"), lambda: store.write("y", b"")):
@@ -269,7 +270,7 @@ def open_without_credentials() -> float:
     return time.monotonic() - started
 
 
-def test_without_credentials_it_says_what_to_give(no_credentials: None) -> None:
+def test_missing_credentials_are_an_error_with_the_remedy(no_credentials: None) -> None:
     assert open_without_credentials() < 1
 
 

@@ -1,4 +1,4 @@
-"""Signals, the clock and the spot notice raise one flag; the second signal does not wait."""
+"""Signals, the clock and the spot notice set one flag; the second signal ends at once."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import Future
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from estiba import stop as stop_module
 from estiba.errors import ConfigError, EstibaError
-from estiba.stop import GRACE_S, SPOT_NOTICE_S, Stop, seconds
+from estiba.platform import stop as stop_module
+from estiba.platform.stop import GRACE_S, SPOT_NOTICE_S, Stop, seconds
 
 WAITING = """
 import sys
 from estiba.errors import Interrupted
-from estiba.stop import Stop
+from estiba.platform.stop import Stop
 stop = Stop.from_environment().install()
 print("ready", flush=True)
 while not stop.wait(1):
@@ -42,7 +43,7 @@ sys.exit(stop.interrupted("all of it").exit_code)
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_raises_the_flag_and_wakes_who_waits(place: Any, signum: signal.Signals, code: int) -> None:
+def test_a_signal_sets_the_flag_and_wakes_waiters(place: Any, signum: signal.Signals, code: int) -> None:
     process = place.start(sys.executable, place.script(WAITING), env={"ESTIBA_STOP_GRACE_S": "60"})
     assert process.stdout.readline() == b"ready\n"
     sent = time.monotonic()
@@ -67,11 +68,11 @@ def test_the_second_signal_ends_at_once(place: Any, signum: signal.Signals, code
 
 
 def test_a_signal_in_the_middle_of_a_wait_never_hangs(place: Any) -> None:
-    """A handler that took the lock which the interrupted code holds would wait for itself."""
+    """A handler that takes a lock held by the interrupted code would deadlock."""
     script = place.script(
         """
         import os, random, signal, threading, time
-        from estiba.stop import Stop
+        from estiba.platform.stop import Stop
         random.seed(1)
         def send(delay_s):
             time.sleep(delay_s)
@@ -90,7 +91,7 @@ def test_a_signal_in_the_middle_of_a_wait_never_hangs(place: Any) -> None:
     assert place.run(process).stdout == b"all 60 came through\n"
 
 
-def test_a_log_that_nobody_reads_any_more_does_not_turn_a_stop_into_a_crash(place: Any) -> None:
+def test_a_closed_log_does_not_turn_a_stop_into_a_crash(place: Any) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     process = place.start(sys.executable, place.script(WAITING), stderr=writing)
@@ -103,7 +104,7 @@ def test_a_log_that_nobody_reads_any_more_does_not_turn_a_stop_into_a_crash(plac
 # --- the flag ------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_asked_is_no_stop_and_no_deadline() -> None:
+def test_without_a_request_there_is_no_stop_and_no_deadline() -> None:
     stop = Stop()
     assert not stop()
     assert stop.seconds_left() is None
@@ -124,9 +125,9 @@ def test_the_first_reason_is_kept_and_time_runs() -> None:
     assert (stop.seconds_left() or 0) < left
 
 
-def test_the_time_that_is_left_never_goes_below_zero() -> None:
+def test_the_time_left_is_never_negative() -> None:
     stop = Stop()
-    stop.request("it is over", seconds_left=0)
+    stop.request("the job ended", seconds_left=0)
     time.sleep(0.01)
     assert stop.seconds_left() == 0
 
@@ -136,7 +137,7 @@ def test_the_closing_error_says_why_and_what_is_safe() -> None:
     stop.request("SIGINT", signum=signal.SIGINT)
     error = stop.interrupted("4 of 9 files are written")
     assert isinstance(error, EstibaError)
-    assert str(error) == "stopped by SIGINT: 4 of 9 files are written; run the same command again to go on"
+    assert str(error) == "stopped by SIGINT: 4 of 9 files are written; run the same command again to resume"
     assert error.exit_code == 130
 
 
@@ -278,7 +279,7 @@ def test_the_notice_is_asked_for_directly_whatever_proxy_is_set(
 
 
 @pytest.mark.parametrize("status_line", ["nonsense", "HTTP/1.1 abc"])
-def test_an_answer_that_is_no_http_is_asked_for_again(
+def test_a_response_that_is_not_http_is_retried(
     metadata: type[Metadata], monkeypatch: pytest.MonkeyPatch, until: Any, status_line: str
 ) -> None:
     crashed: list[object] = []
@@ -293,7 +294,7 @@ def test_an_answer_that_is_no_http_is_asked_for_again(
     assert stop.wait(5)
 
 
-def test_the_notice_is_not_asked_for_unless_it_was_wanted(metadata: type[Metadata]) -> None:
+def test_the_notice_is_not_asked_for_unless_it_is_enabled(metadata: type[Metadata]) -> None:
     metadata.notice = notice_in(60)
     stop = in_process()
     assert not stop.wait(0.3)
@@ -311,7 +312,7 @@ def test_the_environment_sets_grace_limit_and_notice() -> None:
 
 @pytest.mark.parametrize("text", ["soon", "-1", "0", "nan", "inf", "2 min"])
 @pytest.mark.parametrize("name", ["ESTIBA_STOP_GRACE_S", "ESTIBA_MAX_RUNTIME_S"])
-def test_a_time_that_is_no_positive_number_is_refused_by_name(name: str, text: str) -> None:
+def test_a_time_that_is_not_a_positive_number_is_refused_by_name(name: str, text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Stop.from_environment({name: text})
     assert name in str(caught.value)
@@ -325,7 +326,21 @@ def test_an_absent_time_is_none() -> None:
 
 
 def test_a_line_to_a_full_log_is_lost_without_an_error(place: Any) -> None:
-    script = place.script("from estiba.stop import say; say('a line'); print('alive', flush=True)")
+    script = place.script(
+        "from estiba.log import get_logger; get_logger('estiba').info('a line'); print('alive', flush=True)"
+    )
     with Path("/dev/full").open("wb") as full:
         process = place.start(sys.executable, script, stderr=full)
     assert place.run(process).stdout == b"alive\n"
+
+
+def test_an_action_that_ends_just_after_the_wait_is_no_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Late(Future):  # type: ignore[type-arg]
+        def result(self, timeout: float | None = None) -> object:
+            value = super().result()
+            if timeout is not None:
+                raise TimeoutError
+            return value
+
+    monkeypatch.setattr("estiba.platform.stop.Future", Late)
+    assert Stop().unless_stopped(lambda: 7, "nothing") == 7

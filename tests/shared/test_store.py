@@ -1,4 +1,4 @@
-"""Both stores behave as one: whole objects or none, exact reads, any name, errors with a remedy."""
+"""Both stores behave the same: atomic writes, exact reads, any name, errors with a remedy."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from estiba.errors import ConfigError, StoreError
-from estiba.store import TEMPORARY_SUFFIX, Entry, FileStore, Store, open_store, split_location, stage
+from estiba.storage import TEMPORARY_SUFFIX, Entry, FileStore, Store, open_store, split_location, stage
 
 WRITER = """
 import os, signal, sys
 from pathlib import Path
-from estiba.store import FileStore
+from estiba.storage import FileStore
 with FileStore(Path(sys.argv[1])).writer("a/x.bin") as file:
     file.write(b"half of the new")
     file.flush()
@@ -122,13 +122,13 @@ def test_files_and_objects_behave_the_same(
         store.delete("renamed/to here")
         store.delete("renamed/to here")
     assert [path for path, _ in entries()] == sorted(set(contents) - {first})
-    # An S3 client of anyone else's sees the same names.
+    # An independent S3 client sees the same names.
     keys = s3_client.list_objects_v2(Bucket="estiba", Prefix=f"{name}/").get("Contents", [])
     root = f"{name}/{prefix}/" if prefix else f"{name}/"
     assert sorted(item["Key"].removeprefix(root) for item in keys) == sorted(set(contents) - {first})
 
 
-def test_nothing_there_is_an_empty_list_and_no_entry(store: Store) -> None:
+def test_an_empty_store_has_an_empty_list_and_no_entry(store: Store) -> None:
     assert store.list() == []
     assert store.list("no/such") == []
     assert store.head("absent") is None
@@ -144,7 +144,7 @@ def test_a_prefix_is_a_folder_and_not_the_beginning_of_a_name(store: Store) -> N
     assert paths(store, "ab") == paths(store, "ab/") == ["ab/1"]
 
 
-def test_what_is_absent_is_named_when_it_is_read(store: Store) -> None:
+def test_reading_a_missing_object_names_it(store: Store) -> None:
     for act in (
         lambda: store.read("ñ/absent"),
         lambda: store.read("ñ/absent", 3),
@@ -181,7 +181,7 @@ def test_a_write_replaces_and_takes_any_buffer(store: Store) -> None:
     assert store.read("floats") == floats.tobytes() + b"tail"
 
 
-def test_what_is_being_written_is_not_there_yet(store: Store) -> None:
+def test_an_unfinished_write_is_not_visible(store: Store) -> None:
     with store.writer("a/x") as file:
         file.write(b"1" * 100_000)
         assert store.list() == []
@@ -365,7 +365,7 @@ def test_a_dangling_link_is_listed_and_named_when_it_is_read(files: FileStore) -
 # --- a file store's own troubles -----------------------------------------------------------------------------------
 
 
-def test_a_file_that_may_not_be_read_is_named_with_the_user(
+def test_a_file_that_cannot_be_read_is_named_with_the_user(
     open_dir: Path, as_nobody: Callable[[Callable[[], Any]], Any]
 ) -> None:
     files = FileStore(open_dir)
@@ -383,7 +383,7 @@ def test_a_file_that_may_not_be_read_is_named_with_the_user(
             as_nobody(act)
 
 
-def test_a_place_that_may_not_be_written_is_named_with_the_user(
+def test_a_place_that_cannot_be_written_is_named_with_the_user(
     open_dir: Path, as_nobody: Callable[[Callable[[], Any]], Any]
 ) -> None:
     files = FileStore(open_dir)
@@ -408,7 +408,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("how", ["write", "write_new", "in pieces", "at the very end"])
-def test_a_full_disk_leaves_no_half_file_and_says_what_is_free(small_disk: Path, how: str) -> None:
+def test_a_full_disk_leaves_no_partial_file_and_reports_the_free_space(small_disk: Path, how: str) -> None:
     files = FileStore(small_disk)
     files.write("a/old", b"x" * 100_000)
     too_much = b"y" * 2_000_000
@@ -436,7 +436,7 @@ def test_a_full_disk_leaves_no_half_file_and_says_what_is_free(small_disk: Path,
     assert files.read("a/new") == b"y" * 500_000
 
 
-def test_a_trouble_of_the_blocks_own_is_not_told_as_the_outputs(files: FileStore) -> None:
+def test_an_error_of_the_block_is_not_reported_as_a_write_error(files: FileStore) -> None:
     def copy() -> None:
         with files.writer("out") as file:
             file.write(b"half")
@@ -456,7 +456,7 @@ def test_a_killed_writer_leaves_the_old_file(place: Any, files: FileStore) -> No
     process.wait()
     assert files.read("a/x.bin") == b"the old"
     assert paths(files) == ["a/x.bin"]
-    assert len(on_disk(files)) == 2  # what it left lies there and is no object
+    assert len(on_disk(files)) == 2  # its leftovers are there and are not an object
     with files.writer("a/x.bin") as file:
         assert file.tell() == 0
         file.write(b"new")
@@ -526,7 +526,7 @@ def test_a_file_where_a_folder_is_needed_is_named(files: FileStore) -> None:
     assert files.read("a") == b"1"
 
 
-def test_a_name_that_is_no_utf8_is_listed_and_read(files: FileStore) -> None:
+def test_a_name_that_is_not_utf8_is_listed_and_read(files: FileStore) -> None:
     name = os.fsdecode(b"caf\xe9.bin")
     files.write(name, b"1")
     assert paths(files) == [name]
@@ -578,13 +578,13 @@ def test_staging_an_object_that_changes_under_it_is_an_error(
     assert list((tmp_path / "staged").iterdir()) == []
 
 
-def test_all_that_stage_at_once_get_the_whole(place: Any, files: FileStore, tmp_path: Path) -> None:
+def test_concurrent_stagings_all_get_the_complete_folder(place: Any, files: FileStore, tmp_path: Path) -> None:
     for number in range(20):
         files.write(f"{number}", os.urandom(50_000))
     script = """
 import sys
 from pathlib import Path
-from estiba.store import FileStore, stage
+from estiba.storage import FileStore, stage
 folder = stage(sys.argv[1], Path(sys.argv[2]))
 print(sum(entry.size_bytes for entry in FileStore(folder).list()))
 """

@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 
+from estiba.errors import DataError
+from estiba.platform.workload import run_command
+
 
 def stub(place: Any, *flags: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
     done: subprocess.CompletedProcess[bytes] = place.run(place.start(sys.executable, "-m", "stub", *flags, **options))
     return done
 
 
-def test_a_job_that_is_done_ends_with_0_and_no_failure_file(place: Any) -> None:
+def test_a_finished_job_exits_0_without_a_failure_file(place: Any) -> None:
     place.hyperparameters(**{"text-column": '"texto_libre"', "batch_size": "8", "sagemaker_region": '"us-east-1"'})
     done = stub(place, "--batch-size", "9", env={"TRAINING_JOB_NAME": "stub-1"})
     assert (done.returncode, done.stderr) == (0, b"")
@@ -39,14 +42,31 @@ def test_a_job_that_is_done_ends_with_0_and_no_failure_file(place: Any) -> None:
         ("memory", 1, "out of memory; give the container more, or lower --batch-size"),
     ],
 )
-def test_a_persons_mistake_is_one_message_without_a_traceback(place: Any, mode: str, code: int, message: str) -> None:
+def test_a_user_error_is_one_message_without_a_traceback(place: Any, mode: str, code: int, message: str) -> None:
     done = stub(place, "--mode", mode)
     assert done.returncode == code
     assert done.stderr.decode() == f"error: {message}\n"
     assert place.failure_text() == f"{message}\n"
 
 
-def test_mistakes_in_the_configuration_are_told_before_any_work(place: Any) -> None:
+def test_a_command_runs_by_its_name_and_a_mistake_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[list[str]] = []
+
+    def refuse(arguments: list[str]) -> None:
+        raise DataError(f"{arguments[0]}: no such text; give another")
+
+    commands = {"plan": calls.append, "tokenizer train": refuse}
+    assert run_command(commands, ["plan", "--hours", "7"], prog="tool") == 0
+    assert calls == [["--hours", "7"]]
+    assert run_command(commands, ["tokenizer", "train", "a.txt"], prog="tool") == 1
+    assert run_command(commands, ["tokenizer"], prog="tool") == 2
+    assert capsys.readouterr().err == (
+        "error: a.txt: no such text; give another\n"
+        "error: unknown command 'tokenizer'; available: tool plan, tool tokenizer train; to train, pass only flags\n"
+    )
+
+
+def test_mistakes_in_the_configuration_are_reported_before_any_work(place: Any) -> None:
     place.hyperparameters(batchsize="1", mode="crash")
     done = stub(place, "--batch-size", "x")
     assert done.returncode == 2
@@ -56,7 +76,7 @@ def test_mistakes_in_the_configuration_are_told_before_any_work(place: Any) -> N
         assert word in done.stderr.decode()
 
 
-def test_a_broken_contract_is_told_where_the_failure_file_belongs(place: Any) -> None:
+def test_a_broken_contract_is_reported_where_the_failure_file_belongs(place: Any) -> None:
     place.hyperparameters()
     (place.root / "input/config/hyperparameters.json").write_text("{")
     done = stub(place)
@@ -64,7 +84,7 @@ def test_a_broken_contract_is_told_where_the_failure_file_belongs(place: Any) ->
     assert place.failure_text().startswith(f"{place.root}/input/config/hyperparameters.json: is not JSON")
 
 
-def test_a_grace_period_that_is_no_number_is_told_before_any_work(place: Any) -> None:
+def test_a_grace_period_that_is_not_a_number_is_reported_before_any_work(place: Any) -> None:
     done = stub(place, "--mode", "crash", env={"ESTIBA_STOP_GRACE_S": "soon"})
     assert done.returncode == 2
     assert place.failure_text().startswith("environment variable ESTIBA_STOP_GRACE_S is 'soon'")
@@ -74,7 +94,7 @@ def test_a_grace_period_that_is_no_number_is_told_before_any_work(place: Any) ->
     ("mode", "first_line"),
     [("crash", "ValueError: the third step went wrong"), ("chained-crash", "RuntimeError: the lookup went wrong")],
 )
-def test_a_defect_of_ours_keeps_its_traceback_with_the_cause_first_on_file(
+def test_a_bug_keeps_its_traceback_and_the_failure_file_starts_with_the_cause(
     place: Any, mode: str, first_line: str
 ) -> None:
     done = stub(place, "--mode", mode)
@@ -96,11 +116,11 @@ def test_a_stopped_job_says_what_is_safe_and_ends_with_the_signal(
     assert done.returncode == code
     assert b"Traceback" not in done.stderr
     assert place.failure_text() == (
-        f"stopped by {signum.name}: 3 steps are saved; run the same command again to go on\n"
+        f"stopped by {signum.name}: 3 steps are saved; run the same command again to resume\n"
     )
 
 
-def test_a_job_that_got_done_in_its_grace_period_is_done(place: Any) -> None:
+def test_a_job_that_finishes_in_its_grace_period_succeeds(place: Any) -> None:
     process = place.start(sys.executable, "-m", "stub", "--mode", "finish")
     assert process.stdout.readline() == b"ready\n"
     process.terminate()
@@ -112,7 +132,7 @@ def test_a_thread_that_is_stuck_does_not_keep_a_finished_job_alive(place: Any) -
     assert stub(place, "--mode", "stuck-thread").returncode == 0
 
 
-def test_names_that_are_no_utf8_can_be_printed_and_filed(place: Any) -> None:
+def test_names_that_are_not_utf8_can_be_printed_and_reported(place: Any) -> None:
     done = stub(place, "--mode", "odd-name", env={"LC_ALL": "C.UTF-8"})
     assert done.returncode == 1
     assert done.stdout == b"caf\\udce9.parquet\n"
@@ -120,7 +140,7 @@ def test_names_that_are_no_utf8_can_be_printed_and_filed(place: Any) -> None:
     assert place.failure_text() == "caf\\udce9.parquet: is not parquet\n"
 
 
-def test_a_reader_of_the_output_that_left_does_not_change_the_result(place: Any) -> None:
+def test_a_closed_output_pipe_does_not_change_the_result(place: Any) -> None:
     for mode, code in (("report", 0), ("data-error", 1)):
         reading, writing = os.pipe()
         os.close(reading)
@@ -131,7 +151,7 @@ def test_a_reader_of_the_output_that_left_does_not_change_the_result(place: Any)
         assert place.run(process).returncode == code
 
 
-def test_help_is_an_answer_and_not_a_failure(place: Any) -> None:
+def test_help_exits_0_without_a_failure_file(place: Any) -> None:
     done = stub(place, "--help")
     assert done.returncode == 0
     assert b"--text-column" in done.stdout

@@ -1,4 +1,4 @@
-"""What the tests of tensors share. They need torch, so they run inside an image (`scripts/test.sh tensors`)."""
+"""Shared fixtures of the tensor tests, which need torch, so they run inside an image (`scripts/test.sh tensors`)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if importlib.util.find_spec("torch") is None:
 else:
     import torch
 
-    from estiba.checkpoint.saver import Checkpoints
+    from estiba.checkpoint.manager import CheckpointManager
 
     torch.set_num_threads(1)
 
@@ -66,17 +66,17 @@ def s3(s3_process: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
 
 @pytest.fixture
 def s3_url(s3: S3Server) -> str:
-    """A prefix of one's own."""
+    """A prefix for this test alone."""
     return f"s3://estiba/{uuid.uuid4().hex}"
 
 
 @pytest.fixture
-def opened(tmp_path: Path) -> Iterator[Callable[..., Checkpoints]]:
-    """`Checkpoints` in `tmp_path/checkpoints`, closed after the test whatever it did."""
-    made: list[Checkpoints] = []
+def opened(tmp_path: Path) -> Iterator[Callable[..., CheckpointManager]]:
+    """`CheckpointManager` in `tmp_path/checkpoints`, closed after the test whatever it did."""
+    made: list[CheckpointManager] = []
 
-    def make(folder: Path | None = None, **how: Any) -> Checkpoints:
-        made.append(Checkpoints(folder or tmp_path / "checkpoints", **how))
+    def make(folder: Path | None = None, **how: Any) -> CheckpointManager:
+        made.append(CheckpointManager(folder or tmp_path / "checkpoints", **how))
         return made[-1]
 
     yield make
@@ -158,14 +158,14 @@ def all_toys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Toys]:
 
 @pytest.fixture
 def toys(all_toys: Toys) -> Iterator[Toys]:
-    """Start toy workloads as processes; what is left of them is killed after the test."""
+    """Start toy workloads as processes; remaining ones are killed after the test."""
     yield all_toys
     all_toys.clear()
 
 
 @pytest.fixture
 def until() -> Callable[[Callable[[], Any]], Any]:
-    """Wait until something is so; returns it. Fails after twenty seconds."""
+    """Wait until a condition is true; returns its value. Fails after twenty seconds."""
 
     def wait(condition: Callable[[], Any]) -> Any:
         deadline = time.monotonic() + 20

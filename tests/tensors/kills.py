@@ -18,9 +18,9 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from estiba.checkpoint import directory
+from estiba.checkpoint import format as ckpt_format
+from estiba.checkpoint.manager import CheckpointManager
 from estiba.checkpoint.retention import Retention
-from estiba.checkpoint.saver import Checkpoints
 from estiba.errors import EstibaError
 from tensors.states import is_same, state_of
 
@@ -32,7 +32,7 @@ SHAPES = {"small": {"width": 48, "layers": 3}, "direct": {"width": 880, "layers"
 
 @dataclass
 class Kills:
-    """What a series of kills found."""
+    """The results of a series of kills."""
 
     kills: int = 0
     saves: int = 0
@@ -40,14 +40,14 @@ class Kills:
     resumed: int = 0
     """Attempts that began from a checkpoint."""
     phases: dict[str, int] = field(default_factory=dict)
-    """Kills by what the trainer was doing, as far as the folder tells."""
+    """Kills by what the trainer was doing, judged by the folder."""
     older: int = 0
     """The checkpoint before the newest acknowledged one came back."""
     unrecoverable: list[str] = field(default_factory=list)
 
 
 def kill_again_and_again(folder: Path, *, kills: int, seed: int, shape: str = "small") -> Kills:
-    """Start, kill, restore, compare; `kills` times in one folder that lives on."""
+    """Start, kill, restore, compare; `kills` times in one folder."""
     chance = random.Random(seed)
     found = Kills()
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def _train(folder: Path, writing: int, shape: str, seed: int) -> None:
         def tell(**word: object) -> None:
             os.write(writing, (json.dumps(word) + "\n").encode())
 
-        checkpoints = Checkpoints(folder, retention=Retention(keep_last=2, keep_every=97))
+        checkpoints = CheckpointManager(folder, retention=Retention(keep_last=2, keep_every=97))
         restored = checkpoints.restore()
         step = 0
         if restored is not None:
@@ -112,12 +112,12 @@ def _train(folder: Path, writing: int, shape: str, seed: int) -> None:
         while True:
             step += 1
             checkpoints.save(step, state_of(step, **SHAPES[shape]))
-            if checkpoints._process is not None and checkpoints._process.pid != writer:
-                writer = checkpoints._process.pid
+            if checkpoints._writer is not None and checkpoints._writer.pid != writer:
+                writer = checkpoints._writer.pid
                 tell(writer=writer)
             time.sleep(chance.choice((0.0, 0.0, 0.01, 0.05)))
-            if checkpoints.newest is not None and checkpoints.newest > told:
-                told = checkpoints.newest
+            if checkpoints.newest_step is not None and checkpoints.newest_step > told:
+                told = checkpoints.newest_step
                 tell(saved=told)
     except BaseException:
         os.write(writing, (json.dumps({"error": traceback.format_exc()}) + "\n").encode())
@@ -126,9 +126,9 @@ def _train(folder: Path, writing: int, shape: str, seed: int) -> None:
 
 
 def _phase(folder: Path, had_begun: bool) -> str:
-    """What lies about tells what was going on."""
+    """Return what the trainer was doing, judged by the files present."""
     with contextlib.suppress(FileNotFoundError):
-        names = [name for name in os.listdir(folder) if name.startswith(directory.TEMPORARY_PREFIX)]
+        names = [name for name in os.listdir(folder) if name.startswith(ckpt_format.TEMPORARY_PREFIX)]
         if any("deleting" in name for name in names):
             return "while deleting"
         if names:
@@ -137,7 +137,7 @@ def _phase(folder: Path, had_begun: bool) -> str:
 
 
 def _wait_for_the_end_of(pids: list[int]) -> None:
-    """The writer dies with its trainer, by the kernel's hand; a machine that is lost takes both at once."""
+    """The kernel kills the writer with its trainer; a lost machine takes both at once."""
     deadline = time.monotonic() + 10
     for pid in pids:
         while time.monotonic() < deadline:
@@ -153,8 +153,8 @@ def _wait_for_the_end_of(pids: list[int]) -> None:
 
 
 def _problem(folder: Path, acknowledged: int, shape: str, found: Kills) -> str | None:
-    """Restore here, and say what is wrong with it."""
-    checkpoints = Checkpoints(folder)
+    """Restore in this process, and return what is wrong with the state."""
+    checkpoints = CheckpointManager(folder)
     try:
         restored = checkpoints.restore()
         if restored is None:
@@ -165,7 +165,7 @@ def _problem(folder: Path, acknowledged: int, shape: str, found: Kills) -> str |
             if restored.step < acknowledged - 1:
                 return f"step {restored.step} came back; step {acknowledged} was acknowledged"
             found.older += 1
-        if bad := directory.bad_in(folder):
+        if bad := ckpt_format.quarantined_names(folder):
             return f"{bad} did not verify, though no byte was touched"
         return None
     finally:

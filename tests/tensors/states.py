@@ -1,4 +1,4 @@
-"""States whose every bit follows from their step, and ways to compare and to damage what was saved of them."""
+"""States whose every bit follows from their step, and ways to compare and to damage saved ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from estiba.checkpoint.directory import MANIFEST
+from estiba.checkpoint.format import MANIFEST
 
 PAGE_BYTES = 4096
 

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import os
+import random
+import zipfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import xxhash
 
-from estiba.checkpoint.exports import export_dcp, export_pt, import_pt
-from estiba.checkpoint.saver import Checkpoints
+from estiba.checkpoint.exports import export_dcp, export_pt, import_pt, verify_file, write_digest
+from estiba.checkpoint.manager import CheckpointManager
 from estiba.errors import CheckpointError
-from estiba.loop import randomness
+from estiba.training import rng
 from tensors import runs
 from tensors.states import is_same, state_of
 from tensors.toy import Toy, digest
 
 
 def full_state() -> dict[str, Any]:
-    return {**state_of(5), "random": randomness.take(), "scaler": None, "plan": {"seed": 42}}
+    return {**state_of(5), "random": rng.get_state(), "scaler": None, "plan": {"seed": 42}}
 
 
-def test_an_export_is_what_torch_load_takes_with_weights_only_and_a_resume_too(tmp_path: Path) -> None:
+def test_an_export_loads_with_torch_load_weights_only_and_resumes(tmp_path: Path) -> None:
     state = full_state()
     export_pt(state, tmp_path / "checkpoint-step-5.pt", {"config": {"layers": 4}})
     content = torch.load(tmp_path / "checkpoint-step-5.pt", weights_only=True)
@@ -32,21 +36,22 @@ def test_an_export_is_what_torch_load_takes_with_weights_only_and_a_resume_too(t
     assert is_same(content["optimizer_state_dict"], state["optimizer"])
     back = import_pt(tmp_path / "checkpoint-step-5.pt")
     assert set(back) == set(state) and all(is_same(back[name], state[name]) for name in state)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-step-5.pt"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["checkpoint-step-5.pt", "checkpoint-step-5.pt.xxh128"]
 
 
-def test_a_restored_checkpoint_can_be_exported_and_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+def test_a_restored_checkpoint_can_be_exported_and_continues_to_the_same_bits(tmp_path: Path) -> None:
     whole, _ = runs.attempt(tmp_path / "whole")
     runs.attempt(tmp_path / "run", ("micro", 7, 1))
-    checkpoints = Checkpoints(tmp_path / "run/checkpoints")
+    checkpoints = CheckpointManager(tmp_path / "run/checkpoints")
     found = checkpoints.restore()
     assert found is not None
     export_pt(found.state, tmp_path / "x.pt")
     checkpoints.close()
     work = Toy()
-    loop = runs.make(tmp_path, work)
-    loop.resume(replace(found, state=import_pt(tmp_path / "x.pt")))
-    loop.run()
+    trainer = runs.make(tmp_path, work)
+    trainer.resume(replace(found, state=import_pt(tmp_path / "x.pt")))
+    trainer.run()
     assert digest(work.model) == whole
 
 
@@ -58,7 +63,7 @@ def test_a_restored_checkpoint_can_be_exported_and_goes_on_to_the_same_bits(tmp_
         ({}, "has no 'model_state_dict'"),
     ],
 )
-def test_a_file_that_is_no_checkpoint_is_refused_with_what_it_holds(tmp_path: Path, content: Any, words: str) -> None:
+def test_a_file_that_is_not_a_checkpoint_is_refused_with_its_content(tmp_path: Path, content: Any, words: str) -> None:
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match=words):
         import_pt(tmp_path / "x.pt")
@@ -78,7 +83,7 @@ def test_code_in_a_file_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04", b"hello, world", b"\x80\x02]q\x00."])
-def test_bytes_that_are_no_file_of_torch_are_refused(tmp_path: Path, damage: bytes) -> None:
+def test_bytes_that_are_not_a_torch_file_are_refused(tmp_path: Path, damage: bytes) -> None:
     (tmp_path / "x.pt").write_bytes(damage)
     with pytest.raises(CheckpointError):
         import_pt(tmp_path / "x.pt")
@@ -113,7 +118,7 @@ def test_what_torch_distributed_loads_from_an_export_is_what_was_saved(tmp_path:
     target = {"model": {name: torch.zeros_like(tensor) for name, tensor in state["model"].items()}}
     dcp.load(target, checkpoint_id=tmp_path / "dcp", no_dist=True)
     assert is_same(target["model"], state["model"])
-    with pytest.raises(CheckpointError, match="is there already"):
+    with pytest.raises(CheckpointError, match="exists already"):
         export_dcp(state, tmp_path / "dcp")
 
 
@@ -130,10 +135,60 @@ def test_an_export_replaces_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
         with pytest.raises(KeyboardInterrupt):
             export_pt(full_state(), tmp_path / "x.pt")
     assert (tmp_path / "x.pt").read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]  # its digest went first, since it was to be replaced
 
 
-def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match="not exported"):
         export_dcp(full_state(), tmp_path / "file/dcp")
+
+
+def _flips(path: Path, count: int) -> Iterator[int]:
+    """Flip one bit of a tensor's bytes at a time, and back."""
+    data = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    start = largest.header_offset + 128  # behind its header, which torch pads
+    dice = random.Random(0)
+    for _ in range(count):
+        at = dice.randrange(start, start + largest.file_size - 128)
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1 << dice.randrange(8)]) + data[at + 1 :])
+        yield at
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("has_digest", [True, False])
+def test_a_flipped_bit_in_a_file_from_outside_is_noticed_every_time(has_digest: bool, tmp_path: Path) -> None:
+    """39 of 40 loaded silently."""
+    path = tmp_path / "x.pt"
+    export_pt({**full_state(), "model": {"w": torch.randn(100, 100)}}, path)
+    beside = tmp_path / "x.pt.xxh128"
+    assert beside.read_text() == f"{xxhash.xxh3_128_hexdigest(path.read_bytes())}  x.pt\n"
+    if not has_digest:
+        beside.unlink()
+    for at in _flips(path, 40):
+        with pytest.raises(CheckpointError, match=r"do not match|is damaged") as caught:
+            import_pt(path)
+        assert "copy" in str(caught.value), at
+    import_pt(path)
+
+
+def test_a_bare_file_with_a_digest_beside_it_is_verified(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"\0" * 100)
+    write_digest(path)
+    verify_file(path)
+    path.write_bytes(b"\0" * 99 + b"\1")
+    with pytest.raises(CheckpointError, match=r"do not match the digest in model.safetensors.xxh128"):
+        verify_file(path)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_names_lose_the_prefixes_of_compile_and_ddp(prefix: str, tmp_path: Path) -> None:
+    model = state_of(5)["model"]
+    wrapped = {f"{prefix}{name}": tensor for name, tensor in model.items()}
+    torch.save(wrapped, tmp_path / "bare.pt")
+    torch.save({"model_state_dict": wrapped}, tmp_path / "theirs.pt")
+    for name in ("bare.pt", "theirs.pt"):
+        assert is_same(dict(import_pt(tmp_path / name)["model"]), model)

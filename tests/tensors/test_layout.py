@@ -1,4 +1,4 @@
-"""A state as tensors and a skeleton, as bytes of a safetensors file, and back."""
+"""A state as tensors and a spec, as bytes of a safetensors file, and back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from estiba.checkpoint import layout, tree
+from estiba.checkpoint import layout, tree_spec
 from estiba.errors import CheckpointError
 from tensors.states import is_same
 
@@ -20,14 +20,14 @@ NUMBERS = sorted(layout.DTYPES, key=str)
 
 def round_trip(state: Any) -> Any:
     """Through the very bytes that a file would hold, and through JSON."""
-    tensors, skeleton = tree.flatten(state)
+    tensors, spec = tree_spec.flatten(state)
     plan = layout.lay_out(tensors)
     buffer = bytearray(plan.size_bytes)
     buffer[: len(plan.header)] = plan.header
     for name, tensor in tensors.items():
         if tensor.numel():
             layout.view(buffer, plan.offsets[name], tensor).copy_(tensor)
-    return tree.restore(json.loads(json.dumps(skeleton)), layout.read(buffer).__getitem__)
+    return tree_spec.unflatten(json.loads(json.dumps(spec)), layout.read(buffer).__getitem__)
 
 
 @st.composite
@@ -109,7 +109,7 @@ def test_what_cannot_be_saved_is_refused_by_its_path(value: Any, words: str) -> 
         round_trip({"work": {"odd": value}})
 
 
-def test_a_tensor_with_the_name_that_the_format_keeps_for_itself_comes_back() -> None:
+def test_a_tensor_with_a_name_reserved_by_the_format_comes_back() -> None:
     state = {"__metadata__": torch.ones(2), "model": {"__metadata__": torch.zeros(3)}}
     assert is_same(round_trip(state), state)
 
@@ -151,6 +151,6 @@ def test_a_file_that_another_program_wrote_is_read(tmp_path: Any) -> None:
         b"PK\x03\x04" * 20,
     ],
 )
-def test_bytes_that_are_no_safetensors_file_are_called_that(data: bytes) -> None:
+def test_bytes_that_are_not_a_safetensors_file_are_refused(data: bytes) -> None:
     with pytest.raises(CheckpointError, match="not a safetensors file"):
         layout.read(bytearray(data))

@@ -16,19 +16,20 @@ from typing import Any
 
 import pytest
 
-from estiba.checkpoint import directory, disk
-from estiba.checkpoint.directory import Manifest
-from estiba.checkpoint.saver import Checkpoints
+from estiba.checkpoint import disk
+from estiba.checkpoint import format as ckpt_format
+from estiba.checkpoint.format import Manifest
+from estiba.checkpoint.manager import CheckpointManager
 from estiba.checkpoint.writer import Writer
 from estiba.errors import CheckpointError
 from tensors.states import files_of, is_same, state_of
 
-Opened = Callable[..., Checkpoints]
+Opened = Callable[..., CheckpointManager]
 
 
 @pytest.mark.parametrize("shape", ["small", "direct"])
 def test_kills_at_random_moments_lose_nothing_that_was_acknowledged(tmp_path: Path, shape: str) -> None:
-    # In a process of its own: pytest's has threads that a fork would leave behind.
+    # In its own process: pytest's has threads that a fork would leave behind.
     words = [sys.executable, "-m", "tensors.kills", str(tmp_path / "kills"), "4", "11", shape]
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
     log = subprocess.run(words, env=environ, stdout=subprocess.PIPE, text=True, check=True, timeout=60).stdout
@@ -53,7 +54,7 @@ def test_a_fault_anywhere_before_the_name_leaves_no_checkpoint_and_the_next_is_w
             raise OSError(errno.EIO, "Input/output error")
 
         if fault == "file":
-            patch.setattr(directory, "write_file", fail)
+            patch.setattr(ckpt_format, "write_file", fail)
         elif fault == "fsync":
             patch.setattr(os, "fsync", fail)
         elif fault == "manifest":
@@ -62,14 +63,14 @@ def test_a_fault_anywhere_before_the_name_leaves_no_checkpoint_and_the_next_is_w
         elif fault == "rename":
             patch.setattr(os, "rename", fail)
         elif fault == "parent":
-            patch.setattr(directory, "sync_directory", fail)
+            patch.setattr(ckpt_format, "sync_directory", fail)
         with pytest.raises(OSError, match="Input/output"):
             writer.save(_command(2, b"two"))
-    assert directory.names_in(tmp_path) == ["step-00000001"]
-    assert not [name for name in os.listdir(tmp_path) if name.startswith(directory.TEMPORARY_PREFIX)]
+    assert ckpt_format.checkpoint_names(tmp_path) == ["step-00000001"]
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(ckpt_format.TEMPORARY_PREFIX)]
     assert writer.save(_command(2, b"two again")) == "step-00000002"
     assert (tmp_path / "step-00000002/state.json").read_bytes() == b"two again"
-    directory.verify(tmp_path / "step-00000002")
+    ckpt_format.verify(tmp_path / "step-00000002")
 
 
 def test_the_manifest_is_the_last_file_and_everything_is_synced_before_the_name(
@@ -95,7 +96,7 @@ def test_the_manifest_is_the_last_file_and_everything_is_synced_before_the_name(
     ]  # fmt: skip
 
 
-def test_leftovers_of_a_crash_are_cleared_and_never_collide(
+def test_leftovers_of_a_crash_are_deleted_and_an_unfinished_copy_is_kept(
     tmp_path: Path, opened: Opened, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "checkpoints"
@@ -105,10 +106,14 @@ def test_leftovers_of_a_crash_are_cleared_and_never_collide(
     (folder / "somebody's notes").mkdir()
     checkpoints = opened()
     assert checkpoints.restore() is None
-    assert sorted(os.listdir(folder)) == [".training.lock", "somebody's notes"]
-    assert "step-00000004 incomplete" in capfd.readouterr().err
+    assert sorted(os.listdir(folder)) == [".training.lock", "bad-step-00000004", "somebody's notes"]
+    assert (folder / "bad-step-00000004/state.json").read_text() == "{"
+    said = capfd.readouterr().err
+    assert "step-00000004: has no manifest" in said and "quarantined as bad-step-00000004" in said
+    (folder / "step-00000003").mkdir()  # somebody copies one here while the job runs
     checkpoints.save(5, state_of(5), wait=True)
-    assert checkpoints.newest == 5
+    assert checkpoints.newest_step == 5
+    assert (folder / "step-00000003").exists()
     found = checkpoints.restore()
     assert found is not None and is_same(found.state, state_of(5))
 
@@ -117,7 +122,7 @@ def test_the_same_step_again_is_a_checkpoint_beside_the_first_and_the_newer_one_
     checkpoints = opened()
     checkpoints.save(5, state_of(5), wait=True)
     checkpoints.save(5, state_of(6), wait=True)
-    assert directory.names_in(checkpoints.folder) == ["step-00000005-1", "step-00000005"]
+    assert ckpt_format.checkpoint_names(checkpoints.folder) == ["step-00000005-1", "step-00000005"]
     found = checkpoints.restore()
     assert found is not None and is_same(found.state, state_of(6)) and found.step == 5
 
@@ -127,24 +132,24 @@ def test_a_folder_in_the_way_without_a_manifest_is_never_written_into(tmp_path: 
     writer = Writer(_settings(tmp_path))
     (tmp_path / "step-00000007").mkdir(exist_ok=True)
     assert writer.save(_command(7, b"seven")) in ("step-00000007", "step-00000007-1")
-    assert directory.names_in(tmp_path)
+    assert ckpt_format.checkpoint_names(tmp_path)
 
 
-def test_a_killed_writer_is_said_the_run_goes_on_and_the_next_save_works(
+def test_a_killed_writer_is_reported_the_run_continues_and_the_next_save_works(
     opened: Opened, capfd: pytest.CaptureFixture[str], until: Callable[[Callable[[], Any]], Any]
 ) -> None:
     checkpoints = opened()
     checkpoints.save(1, state_of(1), wait=True)
-    assert checkpoints._process is not None
-    os.kill(checkpoints._process.pid, signal.SIGSTOP)  # so that the kill comes in the middle of the save
+    assert checkpoints._writer is not None
+    os.kill(checkpoints._writer.pid, signal.SIGSTOP)  # so that the kill comes in the middle of the save
     checkpoints.save(2, state_of(2))
     assert checkpoints.is_busy
-    os.kill(checkpoints._process.pid, signal.SIGKILL)
-    until(lambda: not checkpoints.is_busy)  # nobody has to wait for it: a busy saver would never be asked again
-    assert "no checkpoint at step 2: the process that writes checkpoints ended" in capfd.readouterr().err
-    assert checkpoints.newest == 1
+    os.kill(checkpoints._writer.pid, signal.SIGKILL)
+    until(lambda: not checkpoints.is_busy)  # without a wait: a manager that stays busy would never save again
+    assert "no checkpoint at step 2: the checkpoint writer was killed, likely out of memory" in capfd.readouterr().err
+    assert checkpoints.newest_step == 1
     checkpoints.save(3, state_of(3), wait=True)
-    assert checkpoints.newest == 3
+    assert checkpoints.newest_step == 3
     found = checkpoints.restore()
     assert found is not None and is_same(found.state, state_of(3))
     assert capfd.readouterr().err == ""
@@ -153,7 +158,7 @@ def test_a_killed_writer_is_said_the_run_goes_on_and_the_next_save_works(
 def test_what_a_killed_writer_left_is_cleared_by_the_next_save(opened: Opened) -> None:
     checkpoints = opened()
     checkpoints.save(1, state_of(1), wait=True)
-    left = checkpoints.folder / f"{directory.TEMPORARY_PREFIX}step-00000002-{checkpoints._token}-2"
+    left = checkpoints.folder / f"{ckpt_format.TEMPORARY_PREFIX}step-00000002-{checkpoints._token}-2"
     left.mkdir()
     (left / "model.safetensors").write_bytes(bytes(10_000))
     checkpoints.save(3, state_of(3), wait=True)
@@ -164,10 +169,10 @@ def test_the_writer_dies_with_its_trainer(tmp_path: Path, until: Callable[[Calla
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        checkpoints = Checkpoints(tmp_path)
+        checkpoints = CheckpointManager(tmp_path)
         checkpoints.save(1, state_of(1), wait=True)
-        assert checkpoints._process is not None
-        os.write(writing, str(checkpoints._process.pid).encode())
+        assert checkpoints._writer is not None
+        os.write(writing, str(checkpoints._writer.pid).encode())
         signal.pause()
     os.close(writing)
     with os.fdopen(reading) as file:
@@ -232,11 +237,11 @@ def test_files_of_any_size_are_written_and_read_exactly(tmp_path: Path, size: in
     assert disk.digest_of(tmp_path / "x", size) == digest
 
 
-def test_what_is_kept_in_a_checkpoint_is_what_its_manifest_names(opened: Opened) -> None:
+def test_a_checkpoint_has_the_files_that_its_manifest_names(opened: Opened) -> None:
     checkpoints = opened()
     checkpoints.save(4, state_of(4), metrics={"val_loss": 0.25}, kind="interrupt", wait=True)
     path = checkpoints.folder / "step-00000004"
-    manifest = directory.verify(path)
+    manifest = ckpt_format.verify(path)
     assert files_of(path) == ["model.safetensors", "state.json", "state.safetensors", "manifest.json"]
     assert sorted(manifest.files) == files_of(path)[:-1]
     assert (manifest.step, manifest.kind, manifest.ranks, manifest.metrics) == (4, "interrupt", 1, {"val_loss": 0.25})
@@ -261,6 +266,6 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 def _command(step: int, text: bytes) -> dict[str, Any]:
     return {
-        "step": step, "number": step, "needed": len(text), "kind": "step", "metrics": {}, "arena": 4096, "files": [],
-        "texts": {"state.json": text.decode()}, "patience_s": 1,
+        "step": step, "number": step, "needed": len(text), "kind": "step", "metrics": {},
+        "buffer_bytes": 4096, "files": [], "texts": {"state.json": text.decode()}, "rank_timeout_s": 1,
     }  # fmt: skip

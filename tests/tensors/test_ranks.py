@@ -1,4 +1,4 @@
-"""Two processes that train one model: a part each in every checkpoint, stops that both agree on."""
+"""Two processes that train one model: a part of each in every checkpoint, and a common stop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from estiba.checkpoint import directory
+from estiba.checkpoint import format as ckpt_format
 from estiba.checkpoint.writer import Writer
 from estiba.errors import CheckpointError
 
@@ -31,7 +31,7 @@ def start_two(toys: Any, folder: Path, *words: str) -> list[Any]:
     ]
 
 
-def test_two_ranks_stop_together_and_go_on_to_the_same_bits_and_one_alone_can_go_on(
+def test_two_ranks_stop_together_and_resume_to_the_same_bits_and_one_rank_can_resume_alone(
     tmp_path: Path, toys: Any, until: Callable[[Callable[[], Any]], Any]
 ) -> None:
     whole = start_two(toys, tmp_path / "whole", "--steps", "20")
@@ -41,15 +41,15 @@ def test_two_ranks_stop_together_and_go_on_to_the_same_bits_and_one_alone_can_go
 
     run = start_two(toys, tmp_path / "run", "--steps", "20", "--pause-s", "0.03")
     until(lambda: "step=8 of" in run[0].out.read_text())
-    os.kill(run[1].pid, signal.SIGTERM)  # one rank alone hears it
+    os.kill(run[1].pid, signal.SIGTERM)  # one rank alone gets it
     ends = [toys.end(process) for process in run]
     assert [end[0] for end in ends] == [143, 143], ends
     assert "stopped by the stop of another rank: everything up to step" in ends[0][2]
     assert "stopped by SIGTERM: everything up to step" in ends[1][2]
 
     folder = tmp_path / "run/checkpoints"
-    newest = folder / directory.names_in(folder)[0]
-    manifest = directory.verify(newest)
+    newest = folder / ckpt_format.checkpoint_names(folder)[0]
+    manifest = ckpt_format.verify(newest)
     assert manifest.ranks == 2 and manifest.kind == "interrupt"
     assert {"state.json", "state-00001.json", "state-00001.safetensors"} <= set(manifest.files)
 
@@ -66,9 +66,11 @@ def test_two_ranks_stop_together_and_go_on_to_the_same_bits_and_one_alone_can_go
 def test_a_signal_right_after_a_save_does_not_make_the_ranks_wait_for_each_other(
     tmp_path: Path, toys: Any, until: Callable[[Callable[[], Any]], Any]
 ) -> None:
-    """The part of one rank may be written while the other's is on its way."""
+    """The part of one rank may be written while the other's is still being written."""
     run = start_two(toys, tmp_path, "--steps", "400", "--save-every", "1", "--pause-s", "0.005", "--hidden", "20000")
-    until(lambda: (tmp_path / "checkpoints").is_dir() and len(directory.names_in(tmp_path / "checkpoints")) > 1)
+    until(
+        lambda: (tmp_path / "checkpoints").is_dir() and len(ckpt_format.checkpoint_names(tmp_path / "checkpoints")) > 1
+    )
     for process in run:
         os.kill(process.pid, signal.SIGTERM)
     before = time.monotonic()
@@ -92,8 +94,8 @@ def writer_of(folder: Path, rank: int) -> Writer:
 def command(rank: int, number: int = 1, patience_s: float = 5) -> dict[str, Any]:
     name = "state.json" if rank == 0 else "state-00001.json"
     return {
-        "step": 3, "number": number, "needed": 100, "kind": "step", "metrics": {}, "arena": 4096, "files": [],
-        "texts": {name: f"part {rank} of {number}"}, "patience_s": patience_s,
+        "step": 3, "number": number, "needed": 100, "kind": "step", "metrics": {}, "buffer_bytes": 4096, "files": [],
+        "texts": {name: f"part {rank} of {number}"}, "rank_timeout_s": patience_s,
     }  # fmt: skip
 
 
@@ -106,7 +108,7 @@ def test_whichever_part_is_written_first_the_checkpoint_has_both(tmp_path: Path,
         futures.append(pool.submit(writers[1 - first].save, command(1 - first)))
         names = [future.result(timeout=10) for future in futures]
     assert sorted(names, key=str) == [None, "step-00000003"]
-    manifest = directory.verify(tmp_path / "step-00000003")
+    manifest = ckpt_format.verify(tmp_path / "step-00000003")
     assert sorted(manifest.files) == ["state-00001.json", "state.json"] and manifest.ranks == 2
     assert sorted(os.listdir(tmp_path / "step-00000003")) == ["manifest.json", "state-00001.json", "state.json"]
 
@@ -115,13 +117,13 @@ def test_a_part_that_never_comes_costs_that_save_alone_and_is_not_mistaken_for_t
     writers = [writer_of(tmp_path, rank) for rank in range(2)]
     with pytest.raises(CheckpointError, match="rank 1 did not write its part in time"):
         writers[0].save(command(0, patience_s=0.2))
-    writers[1].save(command(1))  # too late: nobody waits for it any more
-    assert directory.names_in(tmp_path) == []
+    writers[1].save(command(1))  # too late: the main rank no longer waits
+    assert ckpt_format.checkpoint_names(tmp_path) == []
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda rank: writers[rank].save(command(rank, number=2)), (1, 0)))
-    directory.verify(tmp_path / "step-00000003")
+    ckpt_format.verify(tmp_path / "step-00000003")
     assert (tmp_path / "step-00000003/state-00001.json").read_bytes() == b"part 1 of 2"
-    assert not [name for name in os.listdir(tmp_path) if name.startswith(directory.TEMPORARY_PREFIX)]
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(ckpt_format.TEMPORARY_PREFIX)]
 
 
 def test_a_part_of_another_rank_is_verified_like_any_other(
@@ -134,4 +136,4 @@ def test_a_part_of_another_rank_is_verified_like_any_other(
     assert json.loads((tmp_path / "step-00000003/manifest.json").read_text())["ranks"] == 2
     (tmp_path / "step-00000003/state-00001.json").write_bytes(b"part 1 of 9")
     with pytest.raises(CheckpointError, match=r"state-00001\.json: its bytes do not match"):
-        directory.verify(tmp_path / "step-00000003")
+        ckpt_format.verify(tmp_path / "step-00000003")

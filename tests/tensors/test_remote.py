@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from estiba.checkpoint import directory
-from estiba.checkpoint.directory import MANIFEST
+from estiba.checkpoint import format as ckpt_format
+from estiba.checkpoint.format import MANIFEST
+from estiba.checkpoint.manager import CheckpointManager
 from estiba.checkpoint.remote import Remote
 from estiba.checkpoint.retention import Retention
-from estiba.checkpoint.saver import Checkpoints
 from estiba.errors import StoreError
 from s3server import S3Server, s3_server
 from tensors.states import flip_bit, is_same, state_of
 
-Opened = Callable[..., Checkpoints]
+Opened = Callable[..., CheckpointManager]
 BIG = {"width": 1400, "layers": 1}
 """24 MB: files of several parts."""
 
@@ -31,11 +31,11 @@ BIG = {"width": 1400, "layers": 1}
 def three(tmp_path: Path, s3_url: str) -> Path:
     """Steps 1 to 3 in a folder and at `s3_url`."""
     folder = tmp_path / "checkpoints"
-    checkpoints = Checkpoints(folder)
+    checkpoints = CheckpointManager(folder)
     for step in (1, 2, 3):
         checkpoints.save(step, state_of(step, width=16), wait=True)
     checkpoints.close()
-    for name in reversed(directory.names_in(folder)):
+    for name in reversed(ckpt_format.checkpoint_names(folder)):
         Remote(s3_url).send(folder / name)
     return folder
 
@@ -51,9 +51,10 @@ def test_what_is_saved_is_uploaded_and_a_host_without_it_restores_from_there(
     again = opened(upload=s3_url)
     found = again.restore()
     assert found is not None and found.step == 7 and is_same(found.state, state_of(7, **BIG))
-    assert found.path == again.folder / "step-00000007"  # and now it is here too
-    assert "step-00000007: restored from there" in capfd.readouterr().err
-    directory.verify(again.folder / "step-00000007")
+    assert found.path == again.folder / "step-00000007"  # now it is in the folder too
+    err = capfd.readouterr().err
+    assert "restored from s3://" in err and "/step-00000007\n" in err
+    ckpt_format.verify(again.folder / "step-00000007")
 
 
 def test_the_manifest_is_uploaded_last(three: Path, s3_url: str) -> None:
@@ -77,12 +78,12 @@ def test_the_manifest_is_uploaded_last(three: Path, s3_url: str) -> None:
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
-def test_an_upload_that_was_interrupted_is_never_taken(
+def test_an_interrupted_upload_is_never_restored(
     three: Path, tmp_path: Path, s3_url: str, opened: Opened, after: int
 ) -> None:
     place = Remote(s3_url)
     folder = tmp_path / "new"
-    new = Checkpoints(folder)
+    new = CheckpointManager(folder)
     new.save(4, state_of(4, width=16), wait=True)
     new.close()
     real, sent = place.store.put_file, []
@@ -102,9 +103,9 @@ def test_an_upload_that_was_interrupted_is_never_taken(
 
 
 def test_the_same_name_with_other_bytes_is_never_there_in_part(three: Path, tmp_path: Path, s3_url: str) -> None:
-    """A step that was saved again after its first checkpoint was set aside."""
+    """A step that was saved again after its first checkpoint was quarantined."""
     folder = tmp_path / "new"
-    new = Checkpoints(folder)
+    new = CheckpointManager(folder)
     new.save(3, state_of(30, width=16), wait=True)
     new.close()
     place = Remote(s3_url)
@@ -121,7 +122,7 @@ def test_the_same_name_with_other_bytes_is_never_there_in_part(three: Path, tmp_
     place.store.put_file = real  # type: ignore[method-assign]
     place.send(folder / "step-00000003")
     name = place.fetch("step-00000003", tmp_path / "fetched")
-    found = Checkpoints(tmp_path / "fetched").restore(tmp_path / "fetched" / name)
+    found = CheckpointManager(tmp_path / "fetched").restore(tmp_path / "fetched" / name)
     assert found is not None and is_same(found.state, state_of(30, width=16))
 
 
@@ -137,41 +138,41 @@ def test_uploads_that_killed_processes_began_are_aborted(s3: S3Server, s3_url: s
     assert [key for key in left if prefix in key] == [f"{prefix}-other/x"]
 
 
-def test_what_is_kept_there_is_what_is_kept_here(three: Path, tmp_path: Path, s3_url: str) -> None:
+def test_s3_keeps_the_same_checkpoints_as_the_folder(three: Path, tmp_path: Path, s3_url: str) -> None:
     place = Remote(s3_url)
     folder = tmp_path / "new"
-    new = Checkpoints(folder)
+    new = CheckpointManager(folder)
     for step in (4, 5):
         new.save(step, state_of(step, width=16), wait=True)
         if step == 5:
             place.store.put_file("step-00000002-1/model.safetensors", folder / "step-00000005/model.safetensors")
-        place.send(folder / directory.name_of(step))
+        place.send(folder / ckpt_format.checkpoint_name(step))
     new.close()
     place.prune(Retention(keep_last=2, keep_every=3))
     assert place.names() == ["step-00000005", "step-00000004", "step-00000003"]
     assert {entry.path.split("/")[0] for entry in place.store.list()} == set(place.names())
 
 
-def test_a_run_prunes_there_by_itself(s3_url: str, opened: Opened) -> None:
+def test_a_run_prunes_s3_by_itself(s3_url: str, opened: Opened) -> None:
     checkpoints = opened(upload=s3_url, retention=Retention(keep_last=2))
     for step in range(1, 6):
         checkpoints.save(step, state_of(step, width=16), wait=True)
-        _wait_for(lambda step=step: directory.name_of(step) in Remote(s3_url).names())
+        _wait_for(lambda step=step: ckpt_format.checkpoint_name(step) in Remote(s3_url).names())
     checkpoints.close()
     assert Remote(s3_url).names() == ["step-00000005", "step-00000004"]
 
 
-def test_a_bad_newest_here_is_replaced_by_the_good_one_there(
+def test_a_bad_local_checkpoint_is_replaced_by_the_good_one_on_s3(
     three: Path, s3_url: str, opened: Opened, capfd: pytest.CaptureFixture[str]
 ) -> None:
     flip_bit(three / "step-00000003/model.safetensors", 3000)
     found = opened(upload=s3_url).restore()
     assert found is not None and found.step == 3 and is_same(found.state, state_of(3, width=16))
     err = capfd.readouterr().err
-    assert "set aside as bad-step-00000003" in err and "restored from there" in err
+    assert "quarantined as bad-step-00000003" in err and "restored from s3://" in err
 
 
-def test_a_bad_one_there_is_set_aside_there_and_the_one_before_is_taken(
+def test_a_bad_checkpoint_on_s3_is_quarantined_there_and_the_previous_one_is_restored(
     three: Path, s3: S3Server, s3_url: str, opened: Opened, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     place = Remote(s3_url)
@@ -183,10 +184,10 @@ def test_a_bad_one_there_is_set_aside_there_and_the_one_before_is_taken(
     assert found is not None and found.step == 1 and is_same(found.state, state_of(1, width=16))
     assert place.names() == ["step-00000001"]
     err = capfd.readouterr().err
-    assert "do not match their digest; set aside" in err and "is not there where" in err
+    assert "do not match their digest; quarantined" in err and "is missing where" in err
 
 
-def test_a_full_disk_here_is_no_reason_to_set_aside_what_is_there(
+def test_a_full_local_disk_does_not_quarantine_checkpoints_on_s3(
     three: Path, s3_url: str, opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> int:
@@ -217,7 +218,7 @@ def test_an_outage_during_an_upload_does_not_hurt_the_run(
         for step in (2, 3):
             before = time.monotonic()
             checkpoints.save(step, state_of(step), wait=True)
-            assert time.monotonic() - before < 5 and checkpoints.newest == step
+            assert time.monotonic() - before < 5 and checkpoints.newest_step == step
         checkpoints.close(timeout_s=1)
         assert "the last checkpoint was not uploaded in the time left" in capfd.readouterr().err
         server.start()
@@ -234,7 +235,7 @@ def test_tensors_of_many_parts_arrive_whole(s3_url: str, tmp_path: Path, opened:
     checkpoints = opened(upload=s3_url)
     checkpoints.save(1, state, wait=True)
     checkpoints.close()
-    assert checkpoints.measured.upload_bytes_per_s is None or checkpoints.measured.upload_bytes_per_s > 0
+    assert checkpoints.timings.upload_bytes_per_s is None or checkpoints.timings.upload_bytes_per_s > 0
     found = opened(tmp_path / "host", upload=s3_url).restore()
     assert found is not None and is_same(found.state, state)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from estiba.checkpoint import directory
-from estiba.checkpoint.saver import Checkpoints
+from estiba.checkpoint import format as ckpt_format
+from estiba.checkpoint.manager import CheckpointManager
 from estiba.errors import ConfigError, Interrupted
-from estiba.loop.schedule import Schedule
-from estiba.stop import Stop
+from estiba.platform.stop import Stop
+from estiba.training.fingerprint import check_fingerprint
+from estiba.training.schedule import Schedule
 from tensors import runs, toy
 
 MILESTONES = ("train_loss", "val_loss", "accuracy", "evaluations", "grad_norm", "lr", "points", "step")
@@ -52,8 +55,8 @@ def test_two_interruptions_leave_no_trace(
     tmp_path: Path, uninterrupted: tuple[str, list[dict[str, Any]]], where: str
 ) -> None:
     for place in PLACES[where]:
-        digest, loop = runs.attempt(tmp_path, place)
-        assert digest is None and loop.step >= place[1]
+        digest, trainer = runs.attempt(tmp_path, place)
+        assert digest is None and trainer.step >= place[1]
     digest, _ = runs.attempt(tmp_path)
     assert digest == uninterrupted[0]
     assert rows_of(tmp_path) == uninterrupted[1]
@@ -73,7 +76,7 @@ def test_a_run_that_falls_back_to_an_older_checkpoint_ends_the_same_and_its_metr
     tmp_path: Path, uninterrupted: tuple[str, list[dict[str, Any]]]
 ) -> None:
     runs.attempt(tmp_path, ("micro", 11, 1))
-    newest = tmp_path / "checkpoints" / directory.names_in(tmp_path / "checkpoints")[0]
+    newest = tmp_path / "checkpoints" / ckpt_format.checkpoint_names(tmp_path / "checkpoints")[0]
     data = bytearray((newest / "state.safetensors").read_bytes())
     data[-1] ^= 1
     (newest / "state.safetensors").write_bytes(data)
@@ -97,22 +100,22 @@ def test_a_finished_run_started_again_does_nothing_and_ends_well(
 ) -> None:
     runs.attempt(tmp_path)
     before = [(path, path.stat().st_mtime_ns) for path in sorted((tmp_path / "checkpoints").rglob("*.json"))]
-    digest, loop = runs.attempt(tmp_path)
-    assert digest == uninterrupted[0] and loop.step == runs.STEPS
+    digest, trainer = runs.attempt(tmp_path)
+    assert digest == uninterrupted[0] and trainer.step == runs.STEPS
     assert [(path, path.stat().st_mtime_ns) for path in sorted((tmp_path / "checkpoints").rglob("*.json"))] == before
     assert rows_of(tmp_path) == uninterrupted[1]
 
 
-def test_a_stop_before_the_first_step_is_over_saves_nothing_and_says_so(tmp_path: Path) -> None:
+def test_a_stop_before_the_first_step_ends_saves_nothing_and_reports_it(tmp_path: Path) -> None:
     stop = Stop()
     stop.request("the test", seconds_left=60)
-    checkpoints = Checkpoints(tmp_path / "checkpoints")
-    loop = runs.make(tmp_path, toy.Toy(), stop=stop, checkpoints=checkpoints)
-    loop.resume(None)
-    with pytest.raises(Interrupted, match="no step was done") as caught:
-        loop.run()
+    checkpoints = CheckpointManager(tmp_path / "checkpoints")
+    trainer = runs.make(tmp_path, toy.Toy(), stop=stop, checkpoints=checkpoints)
+    trainer.resume(None)
+    with pytest.raises(Interrupted, match="no step was completed") as caught:
+        trainer.run()
     checkpoints.close()
-    assert caught.value.exit_code == 143 and directory.names_in(tmp_path / "checkpoints") == []
+    assert caught.value.exit_code == 143 and ckpt_format.checkpoint_names(tmp_path / "checkpoints") == []
 
 
 def test_a_stop_ends_a_wait_for_data(tmp_path: Path) -> None:
@@ -126,64 +129,136 @@ def test_a_stop_ends_a_wait_for_data(tmp_path: Path) -> None:
                 time.sleep(5)
             return super().batches(step)
 
-    checkpoints = Checkpoints(tmp_path / "checkpoints")
-    loop = runs.make(tmp_path, Starved(), stop=stop, checkpoints=checkpoints)
-    loop.resume(None)
+    checkpoints = CheckpointManager(tmp_path / "checkpoints")
+    trainer = runs.make(tmp_path, Starved(), stop=stop, checkpoints=checkpoints)
+    trainer.resume(None)
     before = time.monotonic()
     with pytest.raises(Interrupted, match=r"everything up to step \d is saved"):
-        loop.run()
+        trainer.run()
     assert time.monotonic() - before < 4
     checkpoints.close()
 
 
 def test_a_stop_with_too_little_time_keeps_what_there_is(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     stop = Stop()
-    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints = CheckpointManager(tmp_path / "checkpoints")
 
     def at(kind: str, step: int, index: int) -> None:
         if (kind, step, index) == ("micro", 11, 1):
-            checkpoints.settle()
-            checkpoints.measured.durable_s = 500.0
+            checkpoints.wait()
+            checkpoints.timings.durable_s = 500.0
             stop.request("the test", seconds_left=60)
 
-    loop = runs.make(tmp_path, runs.Watched(at), stop=stop, checkpoints=checkpoints)
-    loop.resume(None)
+    trainer = runs.make(tmp_path, runs.Watched(at), stop=stop, checkpoints=checkpoints)
+    trainer.resume(None)
     with pytest.raises(Interrupted) as caught:
-        loop.run()
+        trainer.run()
     checkpoints.close()
-    newest = directory.verify(checkpoints.folder / directory.names_in(checkpoints.folder)[0])
-    assert 0 < newest.step < loop.step and f"everything up to step {newest.step} is saved" in str(caught.value)
+    newest = ckpt_format.verify(checkpoints.folder / ckpt_format.checkpoint_names(checkpoints.folder)[0])
+    assert 0 < newest.step < trainer.step and f"everything up to step {newest.step} is saved" in str(caught.value)
     assert "55 s left and a checkpoint takes 625 s here" in capfd.readouterr().err
 
 
 # --- the plan
 
 
-def test_a_changed_plan_is_refused_by_its_fields_and_taken_when_told(
+def test_a_changed_fingerprint_is_refused_by_its_fields_unless_it_is_accepted(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     runs.attempt(tmp_path, ("micro", 7, 1))
-    other = {"schedule": Schedule(peak=0.02, steps=20, warmup_steps=3), "clip": None}
+    other: dict[str, Any] = {"schedule": Schedule(peak=0.02, steps=20, warmup_steps=3), "clip": None}
     with pytest.raises(ConfigError) as caught:
         runs.attempt(tmp_path, **other)
     text = str(caught.value)
     assert "clip: saved 1.0, now None; schedule.peak: saved 0.01, now 0.02" in text and "--accept-changed-plan" in text
     assert "seed" not in text and "warmup" not in text
-    _, loop = runs.attempt(tmp_path, accept_changed_plan=True, **other)
-    assert loop.step == 20
-    assert "Going on with the new one" in capfd.readouterr().err
+    _, trainer = runs.attempt(tmp_path, accept_changed_plan=True, **other)
+    assert trainer.step == 20
+    assert "Continuing with the current settings" in capfd.readouterr().err
 
 
-def test_what_a_workload_adds_to_the_plan_counts(tmp_path: Path) -> None:
+class Decaying(runs.Watched):
+    """AdamW with a weight decay of 0.5."""
+
+    def __init__(self, at: Any, **how: Any) -> None:
+        super().__init__(at, **how)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), weight_decay=0.5, fused=True)
+
+    def run_fingerprint(self) -> dict[str, Any]:
+        return {**super().run_fingerprint(), "weight_decay": 0.5}
+
+
+def test_an_accepted_weight_decay_is_the_one_that_the_optimizer_uses(tmp_path: Path) -> None:
+    """The log said so, and later checkpoints recorded it, while the optimizer kept the old one."""
     runs.attempt(tmp_path, ("micro", 7, 1))
-    checkpoints = Checkpoints(tmp_path / "checkpoints")
-    loop = runs.make(tmp_path, toy.Toy(seed=2), checkpoints=checkpoints)
+    _, trainer = runs.attempt(tmp_path, kind=Decaying, accept_changed_plan=True)
+    assert [group["weight_decay"] for group in trainer.task.optimizer.param_groups] == [0.5]
+    assert trainer.step == runs.STEPS and trainer.task.optimizer.state_dict()["state"][0]["step"] == runs.STEPS
+
+
+def test_sizes_that_no_longer_fit_are_one_message_even_if_accepted(tmp_path: Path) -> None:
+    runs.attempt(tmp_path, ("micro", 7, 1))
+    checkpoints = CheckpointManager(tmp_path / "checkpoints")
+    trainer = runs.make(tmp_path, toy.Toy(hidden=16, seed=2), checkpoints=checkpoints, accept_changed_plan=True)
+    restored = checkpoints.restore()
+    with pytest.raises(ConfigError, match=r"do not fit this model and optimizer \(size mismatch.*--checkpoint-path"):
+        trainer.resume(restored)
+    checkpoints.close()
+
+
+def test_a_field_that_tensors_depend_on_cannot_be_accepted_and_details_explain_a_digest(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    saved = {"data": "81c1", "model": {"width": 8, "dropout": 0.1}, "details": {"documents": 130}}
+    now = {"data": "81c2", "model": {"width": 8, "dropout": 0.2}, "details": {"documents": 131}}
+    with pytest.raises(ConfigError, match=r"data: saved '81c1', now '81c2'; .*documents: saved 130, now 131"):
+        check_fingerprint(saved, now, "here", accept=False)
+    check_fingerprint(saved, now, "here", accept=True, fixed={"model.width"})
+    assert "documents: saved 130, now 131" in capfd.readouterr().err
+    check_fingerprint({**now, "details": {}}, now, "here", accept=False)  # details alone are no difference
+    with pytest.raises(ConfigError, match=r"cannot continue with model.width: saved 8, now 9, even by --accept"):
+        check_fingerprint(saved, {**saved, "model": {"width": 9, "dropout": 0.1}}, "here", accept=True,
+                          fixed={"model.width"})  # fmt: skip
+
+
+def test_what_a_task_adds_to_the_fingerprint_counts(tmp_path: Path) -> None:
+    runs.attempt(tmp_path, ("micro", 7, 1))
+    checkpoints = CheckpointManager(tmp_path / "checkpoints")
+    trainer = runs.make(tmp_path, toy.Toy(seed=2), checkpoints=checkpoints)
     with pytest.raises(ConfigError, match="data: saved 'toy-1', now 'toy-2'"):
-        loop.resume(checkpoints.restore())
+        trainer.resume(checkpoints.restore())
     checkpoints.close()
 
 
 # --- as processes
+
+
+def test_a_lost_terminal_saves_as_term_does_and_the_run_ends_with_the_same_bits(
+    tmp_path: Path, until: Any, toys: Any
+) -> None:
+    """A dropped ssh connection: the terminal is gone, so that writing to it fails, and HUP comes more than once."""
+    whole = toys.start(tmp_path / "whole", "--steps", "24")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        words = [str(tmp_path / "run"), "--steps", "24", "--pause-s", "0.05", "--save-every", "100"]
+        os.environ["OMP_NUM_THREADS"] = "1"
+        os.execv(sys.executable, [sys.executable, "-m", "tensors.toy", *words])
+    said = b""
+
+    def has_trained() -> bool:
+        nonlocal said
+        said += os.read(terminal, 1000)
+        return (tmp_path / "run/metrics/metrics.jsonl").exists() and b"/24" in said and b" 5/24" in said
+
+    until(has_trained)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    (name,) = ckpt_format.checkpoint_names(tmp_path / "run/checkpoints")
+    assert ckpt_format.verify(tmp_path / "run/checkpoints" / name).kind == "interrupt"
+    code, out, err = toys.end(toys.start(tmp_path / "run", "--steps", "24", "--save-every", "100"))
+    assert code == 0 and "resuming at step" in err
+    assert out.splitlines()[-1] == toys.end(whole)[1].splitlines()[-1]
 
 
 def test_term_ends_a_process_with_143_and_the_same_command_goes_on_to_the_same_bits(

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from estiba.checkpoint import directory
-from estiba.checkpoint.directory import Manifest
-from estiba.checkpoint.retention import LEAST, Retention
-from estiba.checkpoint.saver import Checkpoints
+from estiba.checkpoint import format as ckpt_format
+from estiba.checkpoint.format import Manifest
+from estiba.checkpoint.manager import CheckpointManager
+from estiba.checkpoint.retention import MIN_VERIFIED, Retention
 from tensors.states import flip_bit, state_of
 
 
@@ -24,12 +24,14 @@ def found(*steps: int, **losses: float) -> list[tuple[str, Manifest]]:
     made = []
     for step in sorted(steps, reverse=True):
         metrics = {"val_loss": losses[f"s{step}"]} if f"s{step}" in losses else {}
-        made.append((directory.name_of(step), Manifest(step=step, metrics=metrics, files={})))
+        made.append((ckpt_format.checkpoint_name(step), Manifest(step=step, metrics=metrics, files={})))
     return made
 
 
 def kept(retention: Retention, listed: list[tuple[str, Manifest]], verified: list[int] | None = None) -> list[int]:
-    names = [name for name, _ in listed] if verified is None else [directory.name_of(step) for step in verified]
+    names = (
+        [name for name, _ in listed] if verified is None else [ckpt_format.checkpoint_name(step) for step in verified]
+    )
     surplus = retention.surplus(listed, names)
     return [manifest.step for name, manifest in listed if name not in surplus]
 
@@ -74,8 +76,8 @@ def test_however_it_is_set_the_newest_and_two_that_verify_stay(
         list(verified),
     )
     assert stay[:keep_last] == sorted(steps, reverse=True)[:keep_last]
-    assert len(verified & set(stay)) >= min(LEAST, len(verified))
-    if len(verified) < LEAST:
+    assert len(verified & set(stay)) >= min(MIN_VERIFIED, len(verified))
+    if len(verified) < MIN_VERIFIED:
         assert set(stay) == steps
 
 
@@ -84,7 +86,7 @@ def test_less_than_two_cannot_be_asked_for() -> None:
         Retention(keep_last=1)
 
 
-def test_on_the_disk_it_is_as_was_asked_for(opened: Callable[..., Checkpoints]) -> None:
+def test_on_the_disk_it_is_as_was_asked_for(opened: Callable[..., CheckpointManager]) -> None:
     checkpoints = opened(retention=Retention(keep_last=2, keep_every=4, keep_best=1))
     for step in range(1, 8):
         checkpoints.save(step, state_of(step, width=8), metrics={"val_loss": abs(step - 2.0)}, wait=True)
@@ -93,8 +95,8 @@ def test_on_the_disk_it_is_as_was_asked_for(opened: Callable[..., Checkpoints]) 
     assert [manifest.step for manifest in _manifests(checkpoints.folder)] == [7, 6, 4, 2]
 
 
-def test_a_write_that_reads_back_wrong_is_said_and_costs_no_older_one(
-    opened: Callable[..., Checkpoints],
+def test_a_write_that_reads_back_wrong_is_reported_and_costs_no_older_one(
+    opened: Callable[..., CheckpointManager],
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -114,15 +116,18 @@ def test_a_write_that_reads_back_wrong_is_said_and_costs_no_older_one(
     again.save(3, state_of(3), wait=True)
     again.save(4, state_of(4), wait=True)
     again.close()
-    assert "it was written just now, so do not trust this disk (now bad-step-00000004)" in capfd.readouterr().err
+    assert (
+        "it was written just now, so do not trust this disk (quarantined as bad-step-00000004)"
+        in capfd.readouterr().err
+    )
     assert [manifest.step for manifest in _manifests(again.folder)][:2] == [3, 2]
 
 
 def _manifests(folder: Path) -> list[Manifest]:
-    return [directory.verify(folder / name) for name in directory.names_in(folder)]
+    return [ckpt_format.verify(folder / name) for name in ckpt_format.checkpoint_names(folder)]
 
 
-def test_what_was_set_aside_does_not_pile_up(opened: Callable[..., Checkpoints]) -> None:
+def test_what_was_quarantined_does_not_pile_up(opened: Callable[..., CheckpointManager]) -> None:
     for attempt in range(5):
         checkpoints = opened()
         found = checkpoints.restore()
@@ -130,6 +135,6 @@ def test_what_was_set_aside_does_not_pile_up(opened: Callable[..., Checkpoints])
         for step in range(first + 1, first + 3):
             checkpoints.save(step, state_of(step, width=8), wait=True)
         checkpoints.close()
-        newest = directory.names_in(checkpoints.folder)[0]
+        newest = ckpt_format.checkpoint_names(checkpoints.folder)[0]
         flip_bit(checkpoints.folder / newest / "state.json", 30 + attempt)
-    assert len(directory.bad_in(checkpoints.folder)) <= 3
+    assert len(ckpt_format.quarantined_names(checkpoints.folder)) <= 3

@@ -1,4 +1,4 @@
-"""A full disk ends neither the run nor the checkpoints that are there, and saving goes on when there is space."""
+"""A full disk ends neither the run nor existing checkpoints, and saving resumes when there is space."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from estiba.checkpoint import directory, disk
+from estiba.checkpoint import disk
+from estiba.checkpoint import format as ckpt_format
+from estiba.checkpoint.manager import CheckpointManager
 from estiba.checkpoint.retention import Retention
-from estiba.checkpoint.saver import Checkpoints
 from estiba.checkpoint.writer import MARGIN_BYTES, Writer
 from tensors import runs, toy
 from tensors.states import is_same, state_of
 
-Opened = Callable[..., Checkpoints]
+Opened = Callable[..., CheckpointManager]
 SMALL_DISK = Path("/small-disk")
 WIDE = {"width": 512, "layers": 4}
 """12 MB."""
@@ -55,11 +56,13 @@ def test_a_full_disk_costs_one_save_and_saving_goes_on_when_there_is_space(
         os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(small_disk).free - (1 << 20))
     checkpoints.save(2, state_of(2, **WIDE), wait=True)
     err = capfd.readouterr().err
-    assert "no checkpoint at step 2" in err and "12.6 MB needed, 1.0 MB free; free some" in err
-    assert "The run goes on; the newest is of step 1" in err and checkpoints.newest == 1
+    assert (
+        "no checkpoint at step 2" in err and "29.4 MB needed (12.6 and a margin of 16.8), 1.0 MB free; free some" in err
+    )
+    assert "The run continues; the newest is of step 1" in err and checkpoints.newest_step == 1
     (small_disk / "somebody's").unlink()
     checkpoints.save(3, state_of(3, **WIDE), wait=True)
-    assert checkpoints.newest == 3
+    assert checkpoints.newest_step == 3
     found = checkpoints.restore()
     assert found is not None and is_same(found.state, state_of(3, **WIDE))
     checkpoints.close()
@@ -83,7 +86,7 @@ def test_space_that_goes_in_the_middle_of_a_write_costs_that_save_alone(
     assert os.listdir(small_disk / "c") and not [name for name in os.listdir(small_disk / "c") if "saving" in name]
     (small_disk / "somebody's").unlink()
     checkpoints.save(3, state_of(3, **WIDE), wait=True)
-    assert checkpoints.newest == 3
+    assert checkpoints.newest_step == 3
     checkpoints.close()
 
 
@@ -92,16 +95,16 @@ def test_for_want_of_space_old_ones_go_but_never_the_last_two_that_verify(small_
     checkpoints = opened(small_disk / "c", retention=Retention(keep_last=5))
     for step in range(1, 8):
         checkpoints.save(step, state_of(step, **WIDE), wait=True)
-        names = directory.names_in(small_disk / "c")
-        assert names[0] == directory.name_of(step)
+        names = ckpt_format.checkpoint_names(small_disk / "c")
+        assert names[0] == ckpt_format.checkpoint_name(step)
         assert len(names) >= min(step, 2)
         time.sleep(0.15)  # until it was read back
     checkpoints.close()
-    newest = directory.names_in(small_disk / "c")[:2]
-    assert [directory.verify(small_disk / "c" / name).step for name in newest] == [7, 6]
+    newest = ckpt_format.checkpoint_names(small_disk / "c")[:2]
+    assert [ckpt_format.verify(small_disk / "c" / name).step for name in newest] == [7, 6]
 
 
-def test_what_was_set_aside_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_quarantined_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "c"
     (folder / "bad-step-00000001").mkdir(parents=True)
     (folder / "bad-step-00000001/model.safetensors").write_bytes(bytes(100))
@@ -111,7 +114,9 @@ def test_what_was_set_aside_goes_first(tmp_path: Path, monkeypatch: pytest.Monke
             "retention": {}, "upload": None,
         }
     )  # fmt: skip
-    monkeypatch.setattr(writer, "_free", lambda: 0 if (folder / "bad-step-00000001").exists() else MARGIN_BYTES + 1000)
+    monkeypatch.setattr(
+        writer, "_free_bytes", lambda: 0 if (folder / "bad-step-00000001").exists() else MARGIN_BYTES + 1000
+    )
     writer._make_room(900)
     assert not (folder / "bad-step-00000001").exists()
 
@@ -128,17 +133,17 @@ def test_a_run_on_a_full_disk_goes_on_to_its_end(
 ) -> None:
     """Neither checkpoints nor metrics can be written, and the weights are those of any other run."""
     whole = toy.Toy()
-    loop = runs.make(None, whole)
-    loop.resume(None)
-    loop.run()
+    trainer = runs.make(None, whole)
+    trainer.resume(None)
+    trainer.run()
     checkpoints = opened(small_disk / "c")
     with open(small_disk / "somebody's", "wb") as file:
         os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(small_disk).free)
     work = toy.Toy()
-    loop = runs.make(small_disk, work, checkpoints=checkpoints)
-    loop.resume(checkpoints.restore())
-    loop.run()
-    assert loop.step == runs.STEPS and toy.digest(work.model) == toy.digest(whole.model)
+    trainer = runs.make(small_disk, work, checkpoints=checkpoints)
+    trainer.resume(checkpoints.restore())
+    trainer.run()
+    assert trainer.step == runs.STEPS and toy.digest(work.model) == toy.digest(whole.model)
     err = capfd.readouterr().err
     assert f"no checkpoint at step {runs.STEPS}" in err and "there is none yet" in err
     assert err.count("metrics are no longer written there") == 1

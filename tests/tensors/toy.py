@@ -15,21 +15,24 @@ from typing import Any
 import torch
 import xxhash
 
+from estiba.checkpoint.manager import CheckpointManager
 from estiba.checkpoint.retention import Retention
-from estiba.checkpoint.saver import Checkpoints
+from estiba.distributed import DistContext
 from estiba.errors import EstibaError
-from estiba.loop.history import History
-from estiba.loop.loop import Loop
-from estiba.loop.schedule import Schedule
-from estiba.loop.settings import Settings
-from estiba.loop.work import Sums, Work
-from estiba.ranks import Ranks
-from estiba.stop import Stop, say
+from estiba.log import get_logger
+from estiba.platform.stop import Stop
+from estiba.training.config import TrainerConfig
+from estiba.training.metrics import MetricsLogger
+from estiba.training.schedule import Schedule
+from estiba.training.task import Sums, TrainTask
+from estiba.training.trainer import Trainer
+
+logger = get_logger(__name__)
 
 CLASSES, WIDTH = 5, 16
 
 
-class Toy(Work[tuple[torch.Tensor, torch.Tensor]]):
+class Toy(TrainTask[tuple[torch.Tensor, torch.Tensor]]):
     """Which of five centres a point belongs to. Micro-batches differ in size, as sequences do."""
 
     unit = "points"
@@ -58,7 +61,7 @@ class Toy(Work[tuple[torch.Tensor, torch.Tensor]]):
         first = (step * 8 + self.rank) * len(self.micro)
         return [self.points(first + index, count) for index, count in enumerate(self.micro)]
 
-    def count(self, batch: tuple[torch.Tensor, torch.Tensor]) -> int:
+    def units_in(self, batch: tuple[torch.Tensor, torch.Tensor]) -> int:
         return len(batch[1])
 
     def loss(self, model: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -66,7 +69,7 @@ class Toy(Work[tuple[torch.Tensor, torch.Tensor]]):
             time.sleep(self.pause_s)
         return torch.nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="sum")
 
-    def evaluation(self, model: torch.nn.Module) -> Iterator[Sums]:
+    def evaluate(self, model: torch.nn.Module) -> Iterator[Sums]:
         for index in range(4):
             if self.pause_s:
                 time.sleep(self.pause_s)
@@ -75,13 +78,13 @@ class Toy(Work[tuple[torch.Tensor, torch.Tensor]]):
             loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
             yield {"val_loss": (loss, 16), "accuracy": ((logits.argmax(1) == labels).sum(), 16)}
 
-    def evaluated(self, step: int, metrics: Mapping[str, float]) -> Mapping[str, float]:
+    def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> Mapping[str, float]:
         del step, metrics
         torch.rand(3)  # leaves no trace
         self.evaluations += 1
         return {"evaluations": self.evaluations}
 
-    def plan(self) -> Mapping[str, Any]:
+    def run_fingerprint(self) -> Mapping[str, Any]:
         return {"data": f"toy-{self.seed}", "units_per_step": sum(self.micro)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -92,7 +95,7 @@ class Toy(Work[tuple[torch.Tensor, torch.Tensor]]):
 
 
 def digest(model: torch.nn.Module) -> str:
-    """Of every bit of the weights."""
+    """Return a digest of every bit of the weights."""
     whole = xxhash.xxh3_128()
     for name, tensor in sorted(model.state_dict().items()):
         whole.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
@@ -114,45 +117,45 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     stop = Stop.from_environment().install()
-    ranks = Ranks.join("cpu")
+    ranks = DistContext.init("cpu")
     try:
         toy = Toy(seed=given.seed, hidden=given.hidden, pause_s=given.pause_s, rank=ranks.rank)
-        checkpoints = Checkpoints(
+        checkpoints = CheckpointManager(
             given.folder / "checkpoints",
             retention=Retention(keep_last=given.keep_last),
             upload=given.upload,
-            ranks=ranks,
+            dist=ranks,
         )
-        settings = Settings(
+        settings = TrainerConfig(
             schedule=Schedule(peak=0.01, steps=given.steps, warmup_steps=3),
             evaluate_every=given.evaluate_every,
             save_every=given.save_every,
             log_every=4,
             accept_changed_plan=given.accept_changed_plan,
         )
-        history = History(given.folder / "metrics" if ranks.is_first else None, tensorboard=False)
-        loop = Loop(
+        history = MetricsLogger(given.folder / "metrics" if ranks.is_main else None, tensorboard=False)
+        trainer = Trainer(
             toy,
             settings,
             checkpoints=checkpoints,
-            history=history,
+            metrics_logger=history,
             stop=stop,
             device=torch.device("cpu"),
-            ranks=ranks,
+            dist=ranks,
         )
         found = checkpoints.restore()
-        say(f"resuming at step {found.step}" if found else "starting")
-        loop.resume(found)
+        logger.info(f"resuming at step {found.step}" if found else "starting")
+        trainer.resume(found)
         try:
-            loop.run()
+            trainer.run()
         finally:
             checkpoints.close()
-        if ranks.is_first:
+        if ranks.is_main:
             print(f"digest {digest(toy.model)}")
     except EstibaError as error:
-        say(f"error: {error}")
+        logger.error(f"{error}")
         sys.exit(error.exit_code)
-    ranks.leave()
+    ranks.destroy()
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Brain to text: phonemes out of neural activity, trained on HDF5 straight from S3."""
+"""Brain to text: decode phonemes from neural activity, trained on HDF5 read straight from S3."""

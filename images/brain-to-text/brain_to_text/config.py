@@ -1,253 +1,258 @@
-"""What a training run can be asked for. Names are upstream's (`rnn_args.yaml`) and the guide's, ours stand after them.
+"""The settings of a training run. Settings from upstream and the guide come first and keep their names.
 
-A value is a flag, an environment variable, a hyperparameter, or stands in `--config-file`, in that precedence.
+Upstream is the reference trainer, github.com/Neuroprosthetics-Lab/nejm-brain-to-text; its settings file is
+`rnn_args.yaml`. The guide is a version of it that trains on SageMaker with data on S3. Flags override environment
+variables, which override hyperparameters, which override `--config-file`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
-from brain_to_text.arguments import with_file
-from estiba.config import Config
-from estiba.contract import checkpoint_dir, root_of
+from brain_to_text.yaml_config import MACHINE_SPECIFIC, apply_config_file
+from estiba.errors import ConfigError
+from estiba.platform.contract import root_of
+from estiba.training.config import Precision, TrainingConfig
 
-Std = Annotated[float, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
+if TYPE_CHECKING:
+    from estiba.checkpoint.retention import Retention
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+OnForGpu = Annotated[bool | None, BeforeValidator(lambda value: None if value == "auto" else value)]
+FractionBelow1 = Annotated[float, Field(ge=0, lt=1)]
 
 
-class BrainConfig(Config):
-    """Train the brain-to-text decoder on HDF5 sessions. Run again after a stop, it goes on where it was."""
+class BrainConfig(TrainingConfig):
+    """Train the brain-to-text decoder on HDF5 sessions. The same command resumes a run that was stopped."""
 
+    best_metric: ClassVar[str] = "val_per"
     see_also: ClassVar[str] = (
-        "Other commands, each with a --help of its own: brain-to-text evaluate, brain-to-text generate, "
+        "Other commands, each with its own --help: brain-to-text evaluate, brain-to-text generate, "
         "brain-to-text index, brain-to-text show-config"
     )
 
     config_file: str | None = None
-    """A YAML in upstream's or the guide's form: a path, a name in the channel `config`, or one that comes with the
-    image (rnn_args.yaml, rnn_args_diphone_sagemaker.yaml, rnn_args_small.yaml). Default is upstream's values."""
+    """YAML file in the format of upstream or the guide: a path, the name of a file in the channel `config`, or a file
+    that comes with the image (rnn_args.yaml, rnn_args_diphone_sagemaker.yaml, rnn_args_small.yaml). Without one,
+    defaults are upstream's values."""
     s3_bucket: str | None = None
-    """Bucket of the sessions; with --s3-data-prefix, instead of --dataset-dir."""
+    """Bucket that holds the sessions. With --s3-data-prefix, replaces --dataset-dir."""
     s3_data_prefix: str | None = None
-    """Prefix in that bucket, under which the sessions lie."""
+    """Prefix of the sessions in --s3-bucket."""
     dataset_dir: str = Field(default_factory=lambda: str(root_of() / "input/data/dataset"))
-    """Where the sessions lie (SESSION/data_train.hdf5 ...): a directory, file:// or s3://."""
+    """Where the sessions are (SESSION/data_train.hdf5, ...): a directory, file:// or s3://."""
     model_dir: str = Field(default_factory=lambda: str(root_of() / "model"))
-    """For the best weights: checkpoint/best_checkpoint and checkpoint/args.yaml."""
+    """Output directory for the best weights: checkpoint/best_checkpoint and checkpoint/args.yaml."""
     output_data_dir: str = Field(default_factory=lambda: str(root_of() / "output/data"))
-    """For the log, metrics, predictions and plots."""
+    """Output directory for the training log, metrics, predictions and plots."""
 
     # --- upstream: model
-    n_input_features: Count = 512
-    """Features of a bin."""
-    n_units: Count = 768
-    """Units of a GRU layer."""
-    n_layers: Count = 5
-    """GRU layers."""
+    n_input_features: PositiveInt = 512
+    """Features per 20 ms bin; with --feature-subset, which decides the decoder's width, it has no effect."""
+    n_units: PositiveInt = 768
+    """Units per GRU layer."""
+    n_layers: PositiveInt = 5
+    """Number of GRU layers."""
     bidirectional: bool = False
-    """Read trials in both directions: better, and not for use while somebody speaks."""
-    rnn_dropout: Share = 0.4
-    """Between GRU layers."""
+    """Use a bidirectional GRU: more accurate, but it cannot decode while the person is still speaking."""
+    rnn_dropout: FractionBelow1 = 0.4
+    """Dropout between GRU layers."""
     rnn_trainable: bool = True
     """Train the GRU layers."""
-    patch_size: Annotated[int, Field(ge=0)] = 14
-    """Bins in a patch; 0 takes single bins."""
-    patch_stride: Count = 4
-    """Bins from a patch to the next."""
+    patch_size: NonNegativeInt = 14
+    """Bins per patch; 0 turns patches off."""
+    patch_stride: PositiveInt = 4
+    """Bins from the start of one patch to the start of the next."""
     input_trainable: bool = True
-    """Train the layers of days."""
-    input_layer_dropout: Share = 0.2
-    """Behind the layers of days."""
+    """Train the per-day input layers."""
+    input_layer_dropout: FractionBelow1 = 0.2
+    """Dropout after the per-day input layers."""
 
     # --- upstream: the run
-    num_training_batches: Count = 120_000
-    """Steps of the whole run."""
-    gpu_number: Annotated[int, Field(ge=0)] | None = None
-    """Which GPU; default is the first, or the CPU where there is none."""
+    num_training_batches: PositiveInt = 120_000
+    """Number of training steps."""
+    gpu_number: NonNegativeInt | None = None
+    """Which GPU to use; default is the first one, or the CPU if there is no GPU."""
     use_amp: bool = True
-    """bfloat16 where the GPU has it, else float16 with a scaled loss; false is float32."""
-    seed: Annotated[int, Field(ge=0)] = 10
-    """Of weights, dropout and noise."""
+    """Mixed precision: bfloat16 if the GPU supports it, else float16 with loss scaling. false trains in float32."""
+    seed: NonNegativeInt = 10
+    """Seed for weights, dropout and noise."""
     lr_scheduler_type: Literal["cosine", "linear", "step", "multistep", "wsd"] = "cosine"
-    """Course of the learning rates."""
-    lr_max: Rate = 0.005
-    """Highest learning rate."""
-    lr_min: Std = 0.0001
-    """Lowest."""
-    lr_decay_steps: Count | None = None
-    """Step at which the lowest is reached; default is the last one."""
-    lr_warmup_steps: Annotated[int, Field(ge=0)] = 1000
-    """Steps in which it rises from 0."""
-    lr_max_day: Rate | None = None
-    """Highest of the layers of days; default is --lr-max."""
-    lr_min_day: Std | None = None
-    """Lowest of the layers of days; default is --lr-min."""
-    lr_decay_steps_day: Count | None = None
-    """As --lr-decay-steps, of the layers of days."""
-    lr_warmup_steps_day: Annotated[int, Field(ge=0)] | None = None
-    """As --lr-warmup-steps, of the layers of days."""
-    lr_step_size: Count = 50_000
-    """Of --lr-scheduler-type step: steps between decays."""
+    """Learning-rate schedule."""
+    lr_max: PositiveFloat = 0.005
+    """Peak learning rate."""
+    lr_min: NonNegativeFloat = 0.0001
+    """Final learning rate."""
+    lr_decay_steps: PositiveInt | None = None
+    """Step at which --lr-min is reached; default is the last step."""
+    lr_warmup_steps: NonNegativeInt = 1000
+    """Warm-up steps, starting from a learning rate of 0."""
+    lr_max_day: PositiveFloat | None = None
+    """Peak learning rate of the per-day input layers; default is --lr-max."""
+    lr_min_day: NonNegativeFloat | None = None
+    """Final learning rate of the per-day input layers; default is --lr-min."""
+    lr_decay_steps_day: PositiveInt | None = None
+    """--lr-decay-steps for the per-day input layers."""
+    lr_warmup_steps_day: NonNegativeInt | None = None
+    """--lr-warmup-steps for the per-day input layers."""
+    lr_step_size: PositiveInt = 50_000
+    """With --lr-scheduler-type step: training steps between decays."""
     lr_milestones: list[int] = Field(default_factory=list)
-    """Of multistep: the steps at which it decays."""
+    """With --lr-scheduler-type multistep: the training steps at which the rate decays."""
     lr_decay_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Of step and multistep: what it is multiplied by."""
-    beta0: Share = 0.9
-    """First beta of AdamW."""
-    beta1: Share = 0.999
-    """Second beta of AdamW."""
-    epsilon: Rate = 0.1
-    """Epsilon of AdamW."""
-    weight_decay: Std = 0.001
-    """Of everything but biases and layers of days."""
-    weight_decay_day: Std = 0.0
-    """Of the layers of days."""
-    grad_norm_clip_value: Std | None = 10.0
-    """Largest norm of the gradients; none or 0 does not clip."""
-    batches_per_train_log: Count = 200
-    """Steps between lines of the log."""
-    batches_per_val_step: Count = 2000
+    """With step and multistep: the factor that each decay multiplies the rate by."""
+    beta0: FractionBelow1 = 0.9
+    """AdamW's first beta."""
+    beta1: FractionBelow1 = 0.999
+    """AdamW's second beta."""
+    epsilon: PositiveFloat = 0.1
+    """AdamW's epsilon."""
+    weight_decay: NonNegativeFloat = 0.001
+    """Weight decay for everything except biases and the per-day input layers."""
+    weight_decay_day: NonNegativeFloat = 0.0
+    """Weight decay for the per-day input layers."""
+    grad_norm_clip_value: NonNegativeFloat | None = 10.0
+    """Max gradient norm; none or 0 turns clipping off."""
+    batches_per_train_log: PositiveInt = 200
+    """Steps between log lines."""
+    batches_per_val_step: PositiveInt = 2000
     """Steps between evaluations."""
     log_individual_day_val_PER: bool = True
-    """Say the PER of each day at each evaluation."""
+    """Log the phoneme error rate (PER) of every day at each evaluation."""
     early_stopping: bool = False
-    """Stop when the PER has not become better for --early-stopping-val-steps evaluations."""
-    early_stopping_val_steps: Count = 20
-    """Evaluations to wait."""
+    """Stop when the PER has not improved for --early-stopping-val-steps evaluations."""
+    early_stopping_val_steps: PositiveInt = 20
+    """Evaluations without improvement before stopping."""
     save_best_checkpoint: bool = True
-    """Write the weights with the best PER at the end."""
+    """At the end, write the weights that had the best PER."""
     save_final_model: bool = False
-    """Write the last weights as well."""
+    """At the end, also write the final weights."""
     save_all_val_steps: bool = False
-    """Keep the checkpoint of each evaluation."""
+    """Keep the checkpoint of every evaluation."""
     init_from_checkpoint: bool = False
-    """Begin with the weights at --init-checkpoint-path."""
+    """Start from the weights in --init-checkpoint-path."""
     init_checkpoint_path: str | None = None
-    """Weights of upstream, the guide or here. Default is what lies in the channel `checkpoint`, if there is one."""
+    """Weights from upstream, the guide or this image; default is the file in the channel `checkpoint`, if any."""
 
     # --- upstream: data
-    batch_size: Count = 64
-    """Trials of a step."""
+    batch_size: PositiveInt = 64
+    """Trials per step."""
     n_classes: Literal[41, 1681] = 41
     """41 phonemes, or 1681 diphones."""
-    days_per_batch: Count = 4
-    """Days that a batch is drawn from."""
-    dataset_seed: Annotated[int, Field(ge=0)] = 1
-    """Of the plan of batches (`seed` of upstream's section `dataset`)."""
+    days_per_batch: PositiveInt = 4
+    """Number of days that each batch is drawn from."""
+    dataset_seed: NonNegativeInt = 1
+    """Seed of the sampler (`dataset.seed` in upstream's file)."""
     sessions: list[str] | None = None
-    """Names of sessions; default is all that are there."""
+    """Names of the sessions to use; default is all."""
     dataset_probability_val: list[Literal[0, 1]] | None = None
-    """For each of --sessions, whether it is evaluated; default is all that have val trials."""
+    """For each of --sessions, 1 to evaluate it, 0 to skip it; default is to evaluate all that have val trials."""
     feature_subset: list[int] | None = None
-    """Numbers of the features to use; default is all."""
+    """Indices of the features to use, from 0 to the width of the files less 1; default is all."""
     must_include_days: list[int] | None = None
-    """Days (places in --sessions) that every batch has trials of; default is none."""
+    """Days (positions in --sessions) that every batch includes; default is none."""
     bad_trials_dict: dict[str, dict[str, list[int]]] | None = None
-    """Trials to leave out, {session: {block: [trial, ...]}}; in --config-file alone."""
-    num_dataloader_workers: Annotated[int, Field(ge=0)] = 4
-    """Processes that read the index of new data, and with --reader h5py the trials as well; 0 reads in this one."""
-    white_noise_std: Std = 1.0
-    """Noise on each feature of each bin."""
-    constant_offset_std: Std = 0.2
-    """Noise on each feature of a trial."""
-    random_walk_std: Std = 0.0
-    """Noise that adds up along --random-walk-axis."""
+    """Trials to exclude, {session: {block: [trial, ...]}}; only in --config-file."""
+    num_dataloader_workers: NonNegativeInt = 4
+    """Worker processes that index new data and, with --reader h5py, read trials; 0 does both in this process."""
+    white_noise_std: NonNegativeFloat = 1.0
+    """Standard deviation of noise added to every value."""
+    constant_offset_std: NonNegativeFloat = 0.2
+    """Standard deviation of an offset added to each feature for a whole trial."""
+    random_walk_std: NonNegativeFloat = 0.0
+    """Standard deviation of the steps of a random walk along --random-walk-axis."""
     random_walk_axis: Literal[-1, 1, 2] = -1
-    """1 is time; -1 and 2 are features, as upstream has it."""
-    static_gain_std: Std = 0.0
-    """Random mixing of features."""
-    random_cut: Annotated[int, Field(ge=0)] = 3
-    """Bins cut from the beginning of a batch: less than so many."""
+    """Axis of the random walk: 1 is time; -1 (upstream's default) and 2 are features."""
+    static_gain_std: NonNegativeFloat = 0.0
+    """Standard deviation of a random matrix that mixes the features of a trial."""
+    random_cut: NonNegativeInt = 3
+    """Cut fewer than this many bins, drawn at random, from the start of a batch."""
     smooth_data: bool = True
     """Smooth features along time."""
-    smooth_kernel_std: Rate = 2.0
-    """Standard deviation of the smoothing, bins."""
-    smooth_kernel_size: Count = 100
-    """Length of the impulse that the kernel is made from, bins."""
+    smooth_kernel_std: PositiveFloat = 2.0
+    """Standard deviation of the smoothing kernel, in bins."""
+    smooth_kernel_size: PositiveInt = 100
+    """Number of bins in the impulse that the smoothing kernel is computed from."""
 
-    # --- the guide: loss over diphones and phonemes together
+    # --- the guide: composite loss over diphones and phonemes
     use_composite_loss: bool = False
     """With 1681 classes: alpha * CTC of phonemes + (1 - alpha) * CTC of diphones."""
-    composite_loss_alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """That alpha."""
+    composite_loss_alpha: Fraction = 0.5
+    """Alpha of the composite loss."""
     use_alpha_schedule: bool = False
-    """Let alpha rise in stairs."""
-    alpha_schedule_start: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Alpha at the beginning."""
-    alpha_schedule_end: Annotated[float, Field(ge=0, le=1)] = 0.6
+    """Raise alpha in steps during training; replaces --composite-loss-alpha."""
+    alpha_schedule_start: Fraction = 0.0
+    """Alpha at the start."""
+    alpha_schedule_end: Fraction = 0.6
     """Alpha at the end."""
     alpha_schedule_step_size: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Height of a stair."""
-    alpha_schedule_step_interval: Count = 3000
-    """Steps of training on a stair."""
+    """Size of each increase of alpha."""
+    alpha_schedule_step_interval: PositiveInt = 3000
+    """Training steps between increases of alpha."""
 
     # --- ours: accuracy
-    time_masks: Count | None = None
-    """Masks in time on each training trial; off as upstream has it. 20 is a good number."""
+    time_masks: PositiveInt | None = None
+    """Number of time masks per training trial, such as 20. Off by default, as in upstream."""
     time_mask_share: Annotated[float, Field(gt=0, le=1)] = 0.075
-    """Longest mask, as a share of the trial."""
+    """Maximum length of a time mask, as a fraction of the trial."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Evaluate and deliver a running average of the weights, such as 0.999."""
+    """Evaluate and output an exponential moving average of the weights with this decay, such as 0.999."""
     day_layers: bool = True
-    """A layer for each day; false is one for all of them."""
+    """Use one input layer per day; false shares one between all days."""
 
-    # --- ours: data path
+    # --- ours: reading data
     index_path: str | None = None
-    """Where the byte index is kept when the data's own place cannot be written."""
-    cache_gb: Annotated[float, Field(ge=0)] | None = None
-    """Memory for trials; default is 40% of what is free."""
-    device_cache_gb: Annotated[float, Field(ge=0)] | None = None
-    """Memory of the GPU for trials, used when all of them fit; default is what is free but for 8 GB."""
+    """Where to keep the byte index; default is next to the data on S3, or a local cache directory."""
+    cache_gb: NonNegativeFloat | None = None
+    """Host memory for caching trials; default is 40% of the free memory."""
+    device_cache_gb: NonNegativeFloat | None = None
+    """GPU memory for caching trials, used only if all of them fit; default is the free memory less 8 GB."""
     device_cache_dtype: Literal["float32", "float16"] = "float32"
-    """How they lie there; float16 takes half and rounds features to 11 bits."""
+    """Data type of trials cached on the GPU; float16 takes half the memory and rounds features to 11 bits."""
     disk_cache_dir: str | None = None
-    """A directory on a fast disk for trials that memory does not hold."""
-    disk_cache_gb: Rate = 50.0
-    """Most that may lie there."""
+    """Directory on a fast disk for trials that do not fit in memory; default is no disk cache."""
+    disk_cache_gb: PositiveFloat = 50.0
+    """Maximum size of the disk cache."""
     reader: Literal["ranges", "h5py"] = "ranges"
-    """Byte ranges by one engine in this process; or h5py, over s3fs for s3://, in --num-dataloader-workers processes:
-    the same batches, slower by far."""
-    ahead_batches: Count = 4
-    """Batches whose trials are being read ahead of their step."""
+    """ranges reads byte ranges in this process. h5py reads the same batches, far more slowly, with h5py (over s3fs for
+    s3://) in --num-dataloader-workers processes."""
+    ahead_batches: PositiveInt = 4
+    """Number of batches to read ahead."""
     on_bad_trial: Literal["fail", "skip"] = "fail"
-    """A trial that cannot be read or learnt from ends the run, or is counted and listed."""
+    """What to do with a trial that cannot be read or trained on: end the run, or skip it and list it in the results."""
     upstream_plan: bool = False
-    """Draw batches as upstream's dataset.py does, all at the start, instead of one by one from seed and step."""
+    """Draw exactly the batches that upstream's dataset.py draws, instead of deriving each from seed and step."""
 
     # --- ours: the run
-    gradient_accumulation_steps: Count = 1
-    """Parts that a batch is computed in, for a small GPU."""
-    length_bucket: Count | None = None
-    """Batches are padded to a multiple of so many bins; default is 64 on a GPU or with --compile, so that there are
-    few lengths to compile for, and else 1."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] | None = None
-    """Instead of what --use-amp says."""
-    compile: bool = False
-    """torch.compile the decoder: a minute at the start, faster steps."""
-    device: str | None = None
-    """Torch device, before --gpu-number."""
-    checkpoint_path: str = Field(default_factory=lambda: str(checkpoint_dir()))
-    """Directory for checkpoints, or s3://. It outlives a spot host, the other places do not."""
-    checkpoint_upload: str | None = None
-    """An s3:// prefix that every checkpoint is also copied to, and restored from where the directory has none."""
-    save_every_s: Rate | None = 600.0
-    """Seconds between checkpoints, beside one at each evaluation; none saves at evaluations alone."""
-    keep_last: Annotated[int, Field(ge=2)] = 3
-    """Newest checkpoints that are kept."""
-    keep_best: Annotated[int, Field(ge=0)] = 1
-    """Also keep so many with the best PER."""
-    accept_changed_plan: bool = False
-    """Go on from a checkpoint though settings, data or seed are other than they were."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Micro-batches per step; more than 1 saves GPU memory."""
+    length_bucket: PositiveInt | None = None
+    """Pad batches to a multiple of this many bins. Default is 64 on a GPU or with --compile, so that there are only a
+    few different lengths to compile for, and 1 otherwise."""
+    precision: Precision | None = None  # type: ignore[assignment]
+    """Overrides --use-amp."""
+    compile: OnForGpu = None  # type: ignore[assignment]
+    """torch.compile the decoder: costs a minute at the start, makes steps faster. The default, auto, is on for a GPU,
+    as in the guide, and off on a CPU."""
+    keep_best: NonNegativeInt = 1
+    """Also keep this many checkpoints with the best PER."""
 
     @model_validator(mode="before")
     @classmethod
-    def _beneath(cls, values: Any) -> Any:
-        """Lay the file's values beneath what was given. Raises ConfigError for what it cannot mean."""
-        return with_file(cls, values) if isinstance(values, dict) else values
+    def _apply_config_file(cls, values: Any) -> Any:
+        """Fill in values from --config-file. Raises ConfigError."""
+        return apply_config_file(cls, values) if isinstance(values, dict) else values
 
     @property
     def data_location(self) -> str:
@@ -255,14 +260,79 @@ class BrainConfig(Config):
             return self.dataset_dir
         return f"s3://{self.s3_bucket}/{(self.s3_data_prefix or '').strip('/')}".rstrip("/")
 
+    def preflight(self) -> None:
+        """Check that the settings fit together. Raises ConfigError."""
+        if self.s3_bucket is not None and not self.s3_data_prefix:
+            raise ConfigError(f"--s3-bucket {self.s3_bucket} needs --s3-data-prefix, the prefix of the sessions in it")
+        if self.s3_bucket is None and self.s3_data_prefix is not None:
+            raise ConfigError(
+                f"--s3-data-prefix {self.s3_data_prefix} needs --s3-bucket; or give --dataset-dir s3://..."
+            )
+        if self.use_composite_loss and self.n_classes == 41:
+            raise ConfigError("--use-composite-loss combines diphones and phonemes; it needs --n-classes 1681")
+        evaluated, sessions = self.dataset_probability_val, self.sessions
+        if evaluated is not None and (sessions is None or len(sessions) != len(evaluated)):
+            count = "no" if sessions is None else len(sessions)
+            raise ConfigError(
+                f"dataset_probability_val has {len(evaluated)} values for {count} sessions; give one for each"
+            )
+        if sessions is not None and len(set(sessions)) != len(sessions):
+            repeated = sorted({name for name in sessions if sessions.count(name) > 1})
+            raise ConfigError(f"sessions {', '.join(repeated)} are listed more than once; list each once")
+        if self.feature_subset is not None:
+            wrong = [index for index in self.feature_subset if index < 0]
+            if wrong or not self.feature_subset:
+                raise ConfigError(
+                    f"feature_subset: {wrong or 'an empty list'} is not valid; give indices from 0 to the width of "
+                    "the files less 1"
+                )
+        if self.init_from_checkpoint and not self.init_checkpoint_path and not checkpoint_channel().exists():
+            raise ConfigError("--init-from-checkpoint needs --init-checkpoint-path, or a channel `checkpoint`")
 
-FREE = frozenset(
+    def retention(self) -> Retention:
+        every = self.batches_per_val_step if self.save_all_val_steps else self.keep_every
+        return super().retention().model_copy(update={"keep_every": every})
+
+    def fingerprint_settings(self) -> dict[str, Any]:
+        """Return the settings that a resume must not change."""
+        return {name: value for name, value in sorted(self.model_dump(mode="json").items()) if name not in MAY_CHANGE}
+
+    def training_settings(self) -> dict[str, Any]:
+        """Return the settings that describe the training itself, without paths and other settings of a single run."""
+        values = self.model_dump(mode="json")
+        return {name: values[name] for name in BrainConfig.__annotations__ if name in values and name not in RUN_ONLY}
+
+    def run_settings(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the other settings: those that are valid anywhere, and those specific to this machine.
+
+        Machine-specific are the GPU number, which a file cannot set, and default paths below ESTIBA_ROOT.
+        """
+        values = self.model_dump(mode="json", include=set(RUN_ONLY - {"config_file"}))
+        defaults = {name: info.default_factory for name, info in type(self).model_fields.items()}
+        machine_specific = {
+            name: value
+            for name, value in values.items()
+            if name in MACHINE_SPECIFIC or ((default := defaults[name]) and value == default())  # type: ignore[call-arg]
+        }
+        return {name: value for name, value in values.items() if name not in machine_specific}, machine_specific
+
+
+def checkpoint_channel() -> Path:
+    """Return the channel in which the guide puts initial weights."""
+    return root_of() / "input/data/checkpoint"
+
+
+MAY_CHANGE = frozenset(
     """config_file s3_bucket s3_data_prefix dataset_dir model_dir output_data_dir gpu_number device use_amp precision
     num_training_batches batches_per_train_log log_individual_day_val_PER save_best_checkpoint save_final_model
     save_all_val_steps init_from_checkpoint init_checkpoint_path num_dataloader_workers index_path cache_gb
-    device_cache_gb reader
-    disk_cache_dir disk_cache_gb ahead_batches on_bad_trial compile checkpoint_path checkpoint_upload save_every_s
-    keep_last keep_best accept_changed_plan sessions""".split()
+    device_cache_gb reader disk_cache_dir disk_cache_gb ahead_batches on_bad_trial compile deterministic
+    checkpoint_path checkpoint_upload save_steps save_every_s keep_last keep_every keep_best accept_changed_plan
+    sessions""".split()
 )
-"""What may be other after a stop: places, speed, what is kept. Length, rates and precision are in the loop's own plan,
-and the data have an identity of theirs."""
+"""Settings that a resume may change: paths, speed, which checkpoints to keep. The trainer's own fingerprint covers the
+number of steps, the learning rates and the precision; the data set has its own identity."""
+RUN_ONLY = MAY_CHANGE - set(
+    "num_training_batches use_amp batches_per_train_log log_individual_day_val_PER num_dataloader_workers "
+    "sessions".split()
+)

@@ -1,12 +1,13 @@
-"""CTC over phonemes and diphones: losses, decoding, errors counted.
+"""CTC over phonemes and diphones: losses, greedy decoding, edit distance.
 
-A diphone class is 41 * previous + current phoneme (40 phonemes and silence would be 41 with blank as number 0), so that
-1,681 classes hold 41 x 41 pairs. Source: DCoND (Li et al. 2024) as the S3 version of the guide has it.
+A diphone is a pair of phonemes. Its class is 41 * previous + current, so there are 41 x 41 = 1,681 classes.
+Source: DCoND (Li et al. 2024) as implemented in the guide's trainer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -14,19 +15,15 @@ from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 from torch.nn.functional import ctc_loss
 
-BLANK = 0
-PHONEMES = 41
-"""Blank, 39 phonemes of ARPAbet, silence."""
-DIPHONES = PHONEMES * PHONEMES
-NAMES = (
-    "BLANK AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y Z ZH |"
-).split()
-"""Of the 41 classes, by number."""
+from brain_to_text.data.schema import BLANK, N_PHONEMES, PHONEMES
+
+PHONEME_NAMES = [*PHONEMES[:-1], "|"]
+"""The 41 classes in the form that a language model expects, with | for silence."""
 
 
-def marginal(logits: Tensor) -> Tensor:
-    """Diphone logits [..., 1681] to phoneme logits [..., 41]: log-sum-exp over the previous phoneme."""
-    return logits.unflatten(-1, (PHONEMES, PHONEMES)).logsumexp(-2)
+def marginalize(logits: Tensor) -> Tensor:
+    """Turn diphone logits [..., 1681] into phoneme logits [..., 41]: log-sum-exp over the previous phoneme."""
+    return logits.unflatten(-1, (N_PHONEMES, N_PHONEMES)).logsumexp(-2)
 
 
 def summed_loss(
@@ -37,31 +34,26 @@ def summed_loss(
     *,
     zero_infinity: bool = False,
 ) -> Tensor:
-    """The negative log-likelihoods of all trials, summed.
+    """Return the CTC loss summed over trials.
 
-    Lengths are plain numbers: as tensors on a GPU they would be read back, and every step would wait for that.
+    Lengths are plain integers, because reading tensors back from a GPU would make every step wait.
     """
     log_probs_NBK = logits_BNK.float().log_softmax(-1).transpose(0, 1)
     return ctc_loss(
-        log_probs_NBK,
-        labels_BL,
-        tuple(frames),
-        tuple(label_lengths),
-        blank=BLANK,
-        reduction="sum",
-        zero_infinity=zero_infinity,
-    )
+        log_probs_NBK, labels_BL, tuple(frames), tuple(label_lengths),
+        blank=BLANK, reduction="sum", zero_infinity=zero_infinity,
+    )  # fmt: skip
 
 
 def frames_needed(labels: np.ndarray) -> int:
-    """Least outputs that can spell int[L] labels: one each, and a blank between two that are the same."""
+    """Return how many output frames the labels int[L] need: one each, and a blank between two equal neighbours."""
     return len(labels) + int((labels[1:] == labels[:-1]).sum())
 
 
 def greedy(logits_BNK: Tensor, frames: Sequence[int]) -> list[list[int]]:
-    """The likeliest class of each output, repeats joined, blanks dropped; one list a trial.
+    """Decode each trial to the likeliest class of each frame, with repeats collapsed and blanks dropped.
 
-    All trials at once on the device, and one copy to the host.
+    All trials are decoded together on the device and copied to the host once.
     """
     best_BN = logits_BNK.argmax(-1)
     changed_BN = torch.ones_like(best_BN, dtype=torch.bool)
@@ -72,13 +64,11 @@ def greedy(logits_BNK: Tensor, frames: Sequence[int]) -> list[list[int]]:
     return [row[row != BLANK].tolist() for row in kept_BN]
 
 
-def phonemes_of(diphones: Sequence[int]) -> list[int]:
-    """A sequence of diphones as phonemes: the current one of each, repeats joined, blanks dropped."""
-    current = [diphone % PHONEMES for diphone in diphones]
-    joined = [one for index, one in enumerate(current) if index == 0 or one != current[index - 1]]
-    return [one for one in joined if one != BLANK]
+def to_phonemes(diphones: Sequence[int]) -> list[int]:
+    """Return the current phoneme of each diphone, with repeats collapsed and blanks dropped."""
+    return [phoneme for phoneme, _ in groupby(diphone % N_PHONEMES for diphone in diphones) if phoneme != BLANK]
 
 
 def edits(predicted: Sequence[int], true: Sequence[int]) -> int:
-    """Insertions, deletions and substitutions between two sequences."""
+    """Return the edit distance: insertions, deletions and substitutions."""
     return int(Levenshtein.distance(predicted, true))

@@ -1,9 +1,9 @@
-"""The reference decoder: a layer of its own for each day, patches of time, a stack of GRUs, logits.
+"""The reference decoder: an input layer per day, patches in time, a stack of GRUs, logits.
 
-Source: Neuroprosthetics-Lab/nejm-brain-to-text, model_training (Card et al. 2024, doi:10.1056/NEJMoa2314132); names of
-parameters are the same, so that weights go both ways. `bidirectional` is of the S3 version of the guide.
+Source: Neuroprosthetics-Lab/nejm-brain-to-text, model_training (Card et al. 2024, doi:10.1056/NEJMoa2314132).
+Parameters have upstream's names, so weights can be exchanged both ways. `bidirectional` comes from the guide.
 
-Shapes: B trials, T bins of 20 ms, C features, N patches, K classes, H units, U days in a batch.
+Shapes: B trials, T bins of 20 ms, C features, N patches, K classes, H units, U distinct days in a batch.
 """
 
 from __future__ import annotations
@@ -18,38 +18,40 @@ from torch.nn.functional import softsign
 from estiba.errors import ConfigError
 
 PREFIXES = ("_orig_mod.", "module.")
-"""What torch.compile and data-parallel wrappers put before the names of parameters."""
+"""What torch.compile and data-parallel wrappers prepend to parameter names."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
-    """Sizes of a decoder."""
+class DecoderShape:
+    """The sizes of a decoder."""
 
     n_features: int = 512
     n_units: int = 768
     n_layers: int = 5
     n_classes: int = 41
     n_days: int
-    """Days with a layer of their own; 1 is one layer that all days share."""
+    """Number of input layers; a single one is shared by all days."""
     patch_size: int = 14
-    """Bins in a patch; 0 takes each bin by itself."""
+    """Bins per patch; 0 turns patches off."""
     patch_stride: int = 4
     rnn_dropout: float = 0.4
     input_dropout: float = 0.2
     bidirectional: bool = False
 
     def frames(self, n_bins: int) -> int:
-        """Outputs of a trial of so many bins; 0 or less for one that is shorter than a patch."""
-        if self.patch_size == 0:
-            return n_bins
-        return (n_bins - self.patch_size) // self.patch_stride + 1
+        """Return the number of output frames for a trial of `n_bins`; 0 or less if it is shorter than a patch."""
+        return output_frames(n_bins, self.patch_size, self.patch_stride)
+
+
+def output_frames(n_bins: int, patch_size: int, patch_stride: int) -> int:
+    return (n_bins - patch_size) // patch_stride + 1 if patch_size else n_bins
 
 
 class GRUDecoder(nn.Module):
-    """float32[B, T, C] of smoothed features to logits[B, N, K]."""
+    """Maps smoothed features float32[B, T, C] to logits[B, N, K]."""
 
-    def __init__(self, shape: Shape, *, seed: int | None = None) -> None:
-        """`seed` decides the weights without touching the global generator; None draws from that."""
+    def __init__(self, shape: DecoderShape, *, seed: int | None = None) -> None:
+        """With `seed`, initialise the weights without touching the global generator; without, draw from it."""
         super().__init__()
         self.shape = shape
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
@@ -61,8 +63,8 @@ class GRUDecoder(nn.Module):
     def _build(self) -> None:
         shape = self.shape
         eye = torch.eye(shape.n_features)
-        # Parameters of their own, not one stacked tensor: a day that is not in a batch has no gradient then, and the
-        # optimizer leaves it and its moments alone, as upstream's does.
+        # One parameter per day instead of a stacked tensor: a day that is not in the batch then has no gradient, so the
+        # optimizer leaves its weights and moments unchanged, as in upstream.
         self.day_weights = nn.ParameterList([nn.Parameter(eye.clone()) for _ in range(shape.n_days)])
         self.day_biases = nn.ParameterList(
             [nn.Parameter(torch.zeros(1, shape.n_features)) for _ in range(shape.n_days)]
@@ -87,52 +89,53 @@ class GRUDecoder(nn.Module):
         self.h0 = nn.Parameter(nn.init.xavier_uniform_(torch.zeros(1, 1, shape.n_units)))
 
     def compile_network(self) -> None:
-        """torch.compile everything behind the choice of days, which no compiler sees: its shapes are few."""
+        """torch.compile everything except the selection of days, so that only a few shapes are compiled."""
         self._network = torch.compile(self._decode)
 
     def forward(self, features_BTC: Tensor, days: Sequence[int], day_index_B: Tensor) -> Tensor:
-        """`days` are the batch's different days, on the host; trial b is of day `days[day_index_B[b]]`."""
+        """`days` are the distinct days of the batch. Trial b was recorded on day `days[day_index_B[b]]`."""
         weights_UCC = torch.stack([self.day_weights[day] for day in days])
         biases_UC = torch.cat([self.day_biases[day] for day in days])
         return self._network(features_BTC, weights_UCC, biases_UC, day_index_B)
 
     def _decode(self, x_BTC: Tensor, weights_UCC: Tensor, biases_UC: Tensor, day_index_B: Tensor) -> Tensor:
-        # Not weights[index]: on a CPU the gradient of that is summed by several threads in the order they come.
+        # Not weights[index]: on a CPU, several threads add up its gradient in an order that varies.
         weights_BCC = weights_UCC.index_select(0, day_index_B)
         biases_BC = biases_UC.index_select(0, day_index_B)
         x_BTC = torch.bmm(x_BTC, weights_BCC) + biases_BC.unsqueeze(1)
         x_BTC = self.day_layer_dropout(softsign(x_BTC))
         if self.shape.patch_size > 0:
-            patches_BNCP = x_BTC.unfold(1, self.shape.patch_size, self.shape.patch_stride)
-            x_BTC = patches_BNCP.transpose(2, 3).flatten(2)  # bins of a patch one after the other: [B, N, P * C]
+            # In the order of time, which is the GRU's own: in the order of trials it would copy all patches once more.
+            patches_NBCP = x_BTC.transpose(0, 1).unfold(0, self.shape.patch_size, self.shape.patch_stride)
+            x_BTC = patches_NBCP.transpose(2, 3).flatten(2).transpose(0, 1)  # [B, N, P * C], bin after bin
         states = self.h0.expand(self.shape.n_layers * self.directions, x_BTC.shape[0], -1).contiguous()
         output_BNH, _ = self.gru(x_BTC, states)
         logits: Tensor = self.out(output_BNH)
         return logits
 
 
-def load_weights(model: GRUDecoder, weights: Mapping[str, Tensor], where: str) -> None:
-    """Take over weights in upstream's form or the guide's (days stacked). Raises ConfigError where they do not fit."""
+def load_weights(model: GRUDecoder, weights: Mapping[str, Tensor], name: str) -> None:
+    """Load weights in upstream's form or the guide's (days stacked). Raises ConfigError if they do not fit."""
     try:
         model.load_state_dict(canonical(weights))
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
         raise ConfigError(
-            f"{where}: these are weights of another decoder ({lines[0][:300]}); give the sizes, classes and sessions "
-            "that it was trained with"
+            f"{name}: the weights belong to another decoder ({lines[0][:300]}); give the sizes, classes and sessions "
+            "that they were trained with"
         ) from None
 
 
 def canonical(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names as upstream's uncompiled model has them."""
-    found: dict[str, Tensor] = {}
+    """Return the weights under the parameter names of upstream's uncompiled model."""
+    renamed: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         for prefix in PREFIXES:
             name = name.removeprefix(prefix)
         if name == "day_weights":
-            found |= {f"day_weights.{day}": one for day, one in enumerate(tensor)}
+            renamed |= {f"day_weights.{day}": weight for day, weight in enumerate(tensor)}
         elif name == "day_biases":
-            found |= {f"day_biases.{day}": one.reshape(1, -1) for day, one in enumerate(tensor)}
+            renamed |= {f"day_biases.{day}": bias.reshape(1, -1) for day, bias in enumerate(tensor)}
         else:
-            found[name] = tensor
-    return found
+            renamed[name] = tensor
+    return renamed

@@ -1,43 +1,43 @@
-"""AdamW in upstream's three groups, and the course of each group's learning rate.
+"""AdamW with upstream's three parameter groups, and the learning-rate schedules of upstream and the guide.
 
-Groups in this order: biases (never decayed), layers of days (a decay and a course of their own), everything else.
+The groups, in order: biases (no weight decay), per-day input layers (with their own decay and schedule), the rest.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
 from brain_to_text.model import GRUDecoder
-from estiba.loop.schedule import WSD_DECAY, Schedule
+from estiba.training.schedule import WSD_DECAY, Schedule
 
-CourseKind = Literal["cosine", "linear", "step", "multistep", "wsd"]
+DAY_GROUP = "day_layer"
 FUSED_ON = frozenset({"cpu", "cuda", "xpu", "mps"})
-"""Devices that torch has a fused AdamW for: one pass over memory instead of a dozen."""
+"""Devices for which torch has a fused AdamW, which makes one pass over memory instead of a dozen."""
 
 
-class Course(Schedule):
-    """Upstream's schedules, which decay until a step of their own and stay at their floor then.
+class LearningRateSchedule(Schedule):
+    """Decays until `decay_steps`, and stays at the floor afterwards.
 
-    cosine: from 0 at step 0 over the warm-up to the peak, then half a cosine to the floor. linear: from the peak to the
-    floor, no warm-up (torch's LinearLR). step, multistep: times `factor` every `every` steps, or at the milestones (the
-    guide's). wsd: warm-up, peak, and straight to the floor in the last fifth (arXiv:2405.18392).
+    cosine: warm-up from 0 to the peak, then half a cosine to the floor. linear: from the peak to the floor without
+    warm-up, as torch's LinearLR. step and multistep (from the guide): multiplied by `factor` every `every` steps, or at
+    each milestone. wsd: warm-up, constant, then linear to the floor in the last fifth (arXiv:2405.18392).
     """
 
-    course: CourseKind = "cosine"
+    course: Literal["cosine", "linear", "step", "multistep", "wsd"] = "cosine"
+    """Used instead of `kind`. Checkpoints store the schedule under these field names."""
     decay_steps: int = Field(ge=1)
     every: int = Field(default=50_000, ge=1)
     milestones: tuple[int, ...] = ()
     factor: float = Field(default=0.1, gt=0, le=1)
 
     def at(self, step: int) -> float:
-        return self.peak * self._share(step)
+        return self.peak * self._fraction_of_peak(step)
 
-    def _share(self, step: int) -> float:
+    def _fraction_of_peak(self, step: int) -> float:
         if self.course == "step":
             return self.factor ** (step // self.every)
         if self.course == "multistep":
@@ -62,23 +62,16 @@ def make_optimizer(
     weight_decay_day: float,
     device: torch.device,
 ) -> torch.optim.AdamW:
-    """Of all parameters that are trained. The model is on `device` already; only then can the optimizer be fused."""
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    biases = [p for name, p in trained if "gru.bias" in name or "out.bias" in name]
-    days = [p for name, p in trained if "day_" in name]
-    others = [p for name, p in trained if not ("day_" in name or "gru.bias" in name or "out.bias" in name)]
+    """Return an optimizer for all trainable parameters. The model must be on `device` already, as fused AdamW needs."""
     groups: list[dict[str, Any]] = [
-        {"params": biases, "weight_decay": 0.0, "group_type": "bias"},
-        {"params": days, "weight_decay": weight_decay_day, "group_type": "day_layer"},
-        {"params": others, "weight_decay": weight_decay, "group_type": "other"},
+        {"params": [], "weight_decay": 0.0, "group_type": "bias"},
+        {"params": [], "weight_decay": weight_decay_day, "group_type": DAY_GROUP},
+        {"params": [], "weight_decay": weight_decay, "group_type": "other"},
     ]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_bias = "gru.bias" in name or "out.bias" in name
+            groups[0 if is_bias else 1 if "day_" in name else 2]["params"].append(parameter)
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=lr, betas=betas, eps=epsilon, fused=device.type in FUSED_ON
     )
-
-
-def set_day_rate(groups: Sequence[dict[str, Any]], rate: float) -> None:
-    """The layers of days at a learning rate of their own, whatever the others have."""
-    for group in groups:
-        if group["group_type"] == "day_layer":
-            group["lr"] = rate

@@ -1,7 +1,7 @@
-"""Finished weights: found, read and written, with the settings that they belong to beside them.
+"""Read and write the weights of trained decoders, together with their settings.
 
-A decoder lies in a file of torch (`best_checkpoint` of upstream, of the guide or of this image) with `args.yaml` beside
-it, or in a verified checkpoint of a run.
+A trained decoder is either a torch file (the `best_checkpoint` of upstream, the guide or this image) with `args.yaml`
+next to it, or a verified checkpoint of a run.
 """
 
 from __future__ import annotations
@@ -16,40 +16,31 @@ import torch
 import xxhash
 import yaml
 
-from brain_to_text import arguments
-from brain_to_text.choices import checkpoint_channel, shape_of
-from brain_to_text.config import FREE, BrainConfig
+from brain_to_text import yaml_config
+from brain_to_text.config import MAY_CHANGE, BrainConfig, checkpoint_channel
 from brain_to_text.model import GRUDecoder, canonical, load_weights
-from estiba.checkpoint import directory
+from brain_to_text.resolve import decoder_shape
+from estiba.checkpoint import format as ckpt_format
 from estiba.checkpoint.exports import import_pt, save_pt
-from estiba.checkpoint.saver import load as load_checkpoint
-from estiba.errors import CheckpointError, ConfigError
-from estiba.stop import say
-from estiba.store import FileStore
+from estiba.checkpoint.restore import load_newest
+from estiba.errors import ConfigError
+from estiba.storage import FileStore
 
 BEST, FINAL, ARGUMENTS = "best_checkpoint", "final_checkpoint", "args.yaml"
-PLACES = ("", BEST, f"checkpoint/{BEST}")
-"""Where the weights may lie in a directory that is named."""
+WEIGHT_PATHS = ("", BEST, f"checkpoint/{BEST}")
+"""Where weights are looked for, relative to the path that the user gives."""
 NUMPY_SCALARS: list[Any] = [
     np.dtype,
     np._core.multiarray.scalar,  # type: ignore[attr-defined]
     type(np.dtype(np.float32)),
     type(np.dtype(np.float64)),
 ]
-"""In upstream's files, whose losses are numpy's numbers."""
+"""Types that torch.load must allow, because upstream's files contain losses as numpy scalars."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """Weights, and what they are called in messages and in the state of a run."""
-
-    name: str
-    weights: Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decoder:
-    """A finished decoder with the settings and the sessions of its training."""
+class TrainedDecoder:
+    """A trained decoder, with the settings and sessions that it was trained with."""
 
     name: str
     model: GRUDecoder
@@ -57,85 +48,68 @@ class Decoder:
     sessions: list[str]
 
 
-def first_weights(config: BrainConfig) -> Found | None:
-    """What a new run begins with; None for fresh weights. Raises ConfigError, CheckpointError."""
-    place = config.init_checkpoint_path if config.init_from_checkpoint else None
-    if place is None:
+def initial_weights(config: BrainConfig) -> tuple[str, dict[str, torch.Tensor]] | None:
+    """Return the origin and the weights that a new run starts from. Returns None to start from random weights.
+
+    The origin is a file name with a digest. Raises ConfigError, CheckpointError.
+    """
+    location = config.init_checkpoint_path if config.init_from_checkpoint else None
+    if location is None:
         channel = checkpoint_channel()
         if not channel.is_dir() or not any(channel.iterdir()):
             return None
-        place = str(channel)
-    path = _file(Path(place))
-    return Found(name=f"{path.name} {_digest(path)}", weights=read(path))
+        location = str(channel)
+    path = _find_file(Path(location))
+    return f"{path.name} {xxhash.xxh3_64_hexdigest(path.read_bytes())}", read(path)
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
-    """The weights of a file of torch, with upstream's names. Raises CheckpointError."""
+    """Read the weights in a torch file, under upstream's parameter names. Raises CheckpointError."""
     with torch.serialization.safe_globals(NUMPY_SCALARS):
         return canonical(import_pt(path)["model"])
 
 
-def open_decoder(place: str, device: torch.device) -> Decoder:
-    """A finished decoder, in evaluation mode. Raises ConfigError, CheckpointError."""
-    path = Path(place)
-    if path.is_dir() and ((path / directory.MANIFEST).exists() or directory.names_in(path)):
+def open_decoder(location: str, device: torch.device) -> TrainedDecoder:
+    """Load a trained decoder, in evaluation mode. Raises ConfigError, CheckpointError."""
+    path = Path(location)
+    if path.is_dir() and ((path / ckpt_format.MANIFEST).exists() or ckpt_format.checkpoint_names(path)):
         return _from_checkpoint(path, device)
-    path = _file(path)
-    beside = path.with_name(ARGUMENTS)
-    if not beside.exists():
-        raise ConfigError(f"{path}: has no {ARGUMENTS} beside it, which says its sizes and sessions; put it there")
-    values, _ = arguments.read(beside, BrainConfig)
+    path = _find_file(path)
+    arguments = path.with_name(ARGUMENTS)
+    if not arguments.exists():
+        raise ConfigError(f"{path}: has no {ARGUMENTS} next to it, with its sizes and sessions; copy it there")
+    values, _ = yaml_config.read(arguments, BrainConfig)
     config = BrainConfig.model_validate(values)
     if not config.sessions:
-        raise ConfigError(f"{beside}: has no dataset.sessions, the order of the layers of days; add them")
-    return _made(str(path), read(path), config, config.sessions, device)
+        raise ConfigError(f"{arguments}: has no dataset.sessions, the order of the per-day input layers; add them")
+    return _build(str(path), read(path), config, config.sessions, device)
 
 
-def _from_checkpoint(path: Path, device: torch.device) -> Decoder:
-    if (path / directory.MANIFEST).exists():
-        found = load_checkpoint(path)
-    else:
-        found = _newest(path)
-    plan, work = found.state["plan"], found.state["work"]
-    weights = work["averaged"] or found.state["model"]
-    config = BrainConfig.model_validate({name: value for name, value in plan["config"].items() if name not in FREE})
-    return _made(str(found.path), weights, config, plan["sessions"], device)
+def _from_checkpoint(path: Path, device: torch.device) -> TrainedDecoder:
+    checkpoint = load_newest(path, flag="--model")
+    fingerprint = checkpoint.state["plan"]
+    weights = checkpoint.state["work"]["averaged"] or checkpoint.state["model"]
+    settings = {name: value for name, value in fingerprint["config"].items() if name not in MAY_CHANGE}
+    config = BrainConfig.model_validate(settings)
+    return _build(str(checkpoint.path), weights, config, fingerprint["sessions"], device)
 
 
-def _newest(folder: Path) -> Any:
-    names = directory.names_in(folder)
-    for name in names:
-        try:
-            return load_checkpoint(folder / name)
-        except CheckpointError as error:
-            say(f"warning: {error}; taking the one before")
-    raise CheckpointError(f"{folder}: {len(names)} checkpoints there and none verifies; give another place")
-
-
-def _made(
+def _build(
     name: str, weights: Mapping[str, torch.Tensor], config: BrainConfig, sessions: list[str], device: torch.device
-) -> Decoder:
-    model = GRUDecoder(shape_of(config, len(sessions)), seed=0)
+) -> TrainedDecoder:
+    model = GRUDecoder(decoder_shape(config, len(sessions)), seed=0)
     load_weights(model, weights, name)
-    return Decoder(name=name, model=model.to(device).eval(), config=config, sessions=list(sessions))
+    return TrainedDecoder(name=name, model=model.to(device).eval(), config=config, sessions=list(sessions))
 
 
-def _file(path: Path) -> Path:
-    for place in PLACES:
-        if (path / place).is_file():
-            return path / place
-    files = sorted(one for one in path.glob("*") if one.is_file()) if path.is_dir() else []
+def _find_file(path: Path) -> Path:
+    for name in WEIGHT_PATHS:
+        if (path / name).is_file():
+            return path / name
+    files = [file for file in path.glob("*") if file.is_file()] if path.is_dir() else []
     if len(files) == 1:
         return files[0]
-    raise ConfigError(f"{path}: holds no weights ({BEST}, or a directory of verified checkpoints); give another place")
-
-
-def _digest(path: Path) -> str:
-    digest = xxhash.xxh3_64()
-    with open(path, "rb") as file:
-        while chunk := file.read(2**24):
-            digest.update(chunk)
-    return digest.hexdigest()
+    raise ConfigError(f"{path}: has no weights ({BEST}, or a directory of verified checkpoints); give another path")
 
 
 def write(
@@ -145,13 +119,14 @@ def write(
     *,
     config: BrainConfig,
     sessions: Sequence[str],
-    step: int,
-    val_per: float | None,
-    val_loss: float | None,
+    metrics: Mapping[str, Any],
 ) -> None:
-    """`folder/name` as upstream writes it, and `args.yaml` beside it. Raises StoreError."""
+    """Write `folder/name` in upstream's format, and `args.yaml` next to it. Raises StoreError.
+
+    `metrics` has `step`, and after an evaluation `val_per` and `val_loss`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"model_state_dict": dict(weights), "step": step, "val_PER": val_per, "val_loss": val_loss}
-    save_pt(content, folder / name)
-    text = yaml.safe_dump(arguments.nested(config, sessions), sort_keys=False, allow_unicode=True)
-    FileStore(folder).write(ARGUMENTS, text.encode())
+    numbers = {"step": metrics["step"], "val_PER": metrics.get("val_per"), "val_loss": metrics.get("val_loss")}
+    save_pt({"model_state_dict": dict(weights), **numbers}, folder / name)
+    content = yaml_config.to_sections(config.training_settings(), sessions)
+    FileStore(folder).write(ARGUMENTS, yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())

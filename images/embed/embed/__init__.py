@@ -1,1 +1,1 @@
-"""The embed image: parquet text to embeddings."""
+"""Parquet text to embeddings. Read config, data, model, pipeline, pool, state, artifacts, job, in this order."""

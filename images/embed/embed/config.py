@@ -1,13 +1,14 @@
-"""What the embed job can be asked for."""
+"""The settings of the embed job."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from estiba.config import Config
-from estiba.contract import checkpoint_dir, root_of
+from estiba.platform.contract import checkpoint_dir, root_of
 
 
 class EmbedConfig(Config):
@@ -16,56 +17,114 @@ class EmbedConfig(Config):
     input_path: str = Field(default_factory=lambda: str(root_of() / "input/data/dataset"))
     """Directory, file or s3:// prefix of parquet files."""
     output_path: str = Field(default_factory=lambda: str(root_of() / "output/data"))
-    """Directory or s3:// prefix; each output has its input's relative path. S3 is written directly."""
+    """Directory or s3:// prefix; each output keeps its input's relative path. S3 is written directly."""
     checkpoint_path: str = Field(default_factory=lambda: str(checkpoint_dir()))
-    """Directory or s3:// prefix for finished pieces of work. It outlives a spot host; the output directory does not.
-    The default is the job's CheckpointConfig."""
+    """Directory or s3:// prefix for chunks of finished work. It outlives a spot host; the output directory does not.
+    The default is the job's CheckpointConfig; where there is no /opt/ml, a folder beside the output."""
     no_checkpoint: bool = False
-    """Keep no finished work and use none: everything is computed, in one go."""
+    """Save no chunks and use none: everything is computed in one attempt."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 5
-    """Finished files between two writings of the ledger. Finished pieces are durable at once, whatever this says."""
+    """Finished files between two updates of the ledger. Chunks are always durable at once."""
 
     model: str = "pablosi/bge-m3-trained-2"
     """Sentence-transformers model: a directory, an s3:// prefix, or a name on the model hub."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off, as that code can do anything."""
+    """Run Python code that comes with the model. Off, since that code can do anything."""
     prompt: str | None = None
     """Text put before every row."""
     prompt_name: str | None = None
-    """One of the model's own prompts; default is the one it names for documents, if any."""
+    """One of the model's own prompts; the default is its prompt for documents, if it has one."""
     max_length: Annotated[int, Field(ge=3)] | None = None
-    """Tokens kept of a row, special ones included; default is the model's own."""
+    """Tokens read of a row, special ones included; the default is the model's own."""
     dimensions: Annotated[int, Field(ge=1)] | None = None
-    """Keep the first so many (Matryoshka models), scaled to unit length again; default is all."""
+    """Keep only the first dimensions (Matryoshka models), scaled to unit length again; the default keeps all."""
     normalize: bool = True
     """Scale vectors to unit length."""
 
     text_column: str = "texto"
-    """The column to embed; a dotted name reaches into a struct."""
+    """The column to embed; a dotted name selects a field of a struct."""
+    binary_as_text: bool = False
+    """Read a text column of binary values as UTF-8. Columns annotated as ENUM or JSON are read without this flag."""
     embedding_column: str = "embeddings"
     """Name of the added vector column."""
     embedding_dtype: Literal["float32", "float16"] = "float32"
     """Stored precision of the vectors."""
     status_column: str = "status"
-    """Name of the added column that says ok, null, empty, invalid utf-8 or not finite."""
+    """Name of the added column that holds ok, null, empty, invalid utf-8 or not finite."""
     columns: list[str] | None = None
-    """Input columns to keep, separated by commas; default is all."""
+    """Input columns to keep, separated by commas; the default keeps all."""
     n_tokens: bool = False
-    """Add a column n_tokens: what the model saw of the row."""
+    """Add a column n_tokens: the number of tokens that the model read."""
     truncated: bool = False
-    """Add a column truncated: whether the row had more."""
+    """Add a column truncated: whether the row had more tokens."""
 
     batch_size: Annotated[int, Field(ge=0)] = 0
-    """Most rows in a batch; 0 lets the token budget of this device decide."""
+    """Largest number of rows in a batch; 0 leaves it to the token budget."""
     token_budget: Annotated[int, Field(ge=1)] | None = None
-    """Most tokens in a batch, padding included; default by device."""
+    """Largest number of tokens in a batch, padding included; the default depends on the device."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Precision of the model: auto is float32 on a CPU, float16 on a GPU. Rows that overflow are redone in float32."""
     device: str | None = None
-    """Torch device, such as cpu or cuda:1; default is every GPU there is, else the CPU."""
+    """Torch device, such as cpu or cuda:1; the default is all GPUs, or the CPU."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes; 0 is one per GPU, or one."""
+    stale_outputs: Literal["keep", "remove", "refuse"] = "keep"
+    """What to do with outputs of earlier runs whose input no longer exists or can no longer be embedded: name them,
+    remove them at the end, or refuse to start. Outputs of another model are refused, unless they are to be removed."""
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """Whether a row with a token that the model's embedding table lacks fails the job (exit status 1, after all other
+    rows are done) or only warns. It gets no vector in either case."""
     on_bad_file: Literal["fail", "skip"] = "fail"
-    """What a corrupt or non-parquet file does to the exit status once all others are done: 1, or a warning."""
+    """Whether a corrupt or non-parquet file fails the job (exit status 1, after all others are done) or only warns."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _checkpoints_beside_the_output(cls, values: Any) -> Any:
+        """Without /opt/ml nothing preserves /opt/ml/checkpoints, and an ordinary user cannot write there."""
+        output = values.get("output_path") if isinstance(values, dict) else None
+        if output and "checkpoint_path" not in values and not root_of().is_dir():
+            return {**values, "checkpoint_path": f"{output.rstrip('/')}-checkpoints"}
+        return values
+
+    @field_validator(
+        "input_path", "output_path", "checkpoint_path", "model", "text_column", "embedding_column", "status_column"
+    )
+    @classmethod
+    def _not_empty(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("is empty")
+        return value
+
+    @field_validator("columns")
+    @classmethod
+    def _some_columns(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and not [name for name in value if name]:
+            raise ValueError("is empty; name the columns to keep, or none for all")
+        return value
+
+    @field_validator("input_path", "output_path", "checkpoint_path", "model")
+    @classmethod
+    def _whole_address(cls, value: str) -> str:
+        if match := re.match(r"(s3|file):/*(.*)", value, re.IGNORECASE):
+            scheme, rest = match[1].lower(), match[2]
+            right = f"{scheme}://{rest}" if scheme == "s3" else f"{scheme}:///{rest}"
+            if not value.lower().startswith(f"{scheme}://"):
+                raise ValueError(f"is no address; write {right}")
+            if scheme == "s3" and not rest.strip("/"):
+                raise ValueError("names no bucket; write s3://BUCKET/PREFIX")
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", value):
+            raise ValueError("is no device of this image; pass cpu, cuda or cuda:N")
+        return value
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> EmbedConfig:
+        if self.prompt is not None and self.prompt_name is not None:
+            raise ValueError(f"--prompt {self.prompt!r} and --prompt-name {self.prompt_name!r}: pass one of the two")
+        return self

@@ -1,1 +1,1 @@
-"""Rehearsing interruptions on the local host, and the accounting of what they cost."""
+"""Rehearse spot interruptions and measure the work that they cost."""

@@ -1,133 +1,135 @@
-"""What a drill found: a table for people, a document for machines, and the verdict."""
+"""The result of a drill: a table for people, a document for machines, PASS or FAIL."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .account import Entry, worst
-from .compare import SHOWN
-from .scenario import Scenario, Strike
+from estiba_launch.drill.config import DrillConfig
+from estiba_launch.drill.loss_report import AttemptLoss, held_s, most_lost
+from estiba_launch.drill.reference import Reference
+from estiba_launch.drill.scenario import PlannedFault
+from estiba_launch.jobs.status import JobStatus
 
-HEADS = (
-    "attempt",
-    "host",
-    "ended by",
-    "started from",
-    "did until",
-    "lost",
-    "lost s",
-    "save s",
-    "restart s",
-    "checkpoint",
-)
+DIFFERENCES_SHOWN = 5
 
 
 @dataclass(kw_only=True)
 class Report:
-    """One drill."""
-
-    job: str
-    scenario: Scenario
-    seed: int
-    planned: Sequence[Strike]
-    entries: Sequence[Entry]
-    status: str
-    running_s: float
-    reference: str | None
-    """Name of the undisturbed job; None without one."""
-    reference_s: float | None
-    compared: int | None
-    """Files that were compared; None when there was nothing to compare with."""
+    config: DrillConfig
+    planned: Sequence[PlannedFault]
+    status: JobStatus
+    losses: Sequence[AttemptLoss]
+    reference: Reference | None
+    compared: int | None = None
+    """Number of files compared; None without a reference or without output."""
     differences: Sequence[str] = ()
     ignored: Sequence[str] = ()
-    limits: Sequence[str] = ()
+    """Patterns of files that were not compared."""
+    missed: str | None = None
+    """The problem if fewer interruptions than planned hit the job at work, else None."""
     problems: list[str] = field(default_factory=list)
-    """Why the drill failed; empty is PASS."""
+    """Why the drill failed; empty for PASS."""
 
     @property
     def passed(self) -> bool:
         return not self.problems
 
     def to_json(self) -> dict[str, Any]:
-        """Everything; what is not known is null."""
+        """The whole report; unknown values are null."""
+        reference = self.reference and {
+            "job": self.reference.job,
+            "running_s": round(self.reference.running_s, 1),
+            "files_compared": self.compared,
+            "differences": list(self.differences),
+            "ignored": list(self.ignored),
+        }
+        planned = [
+            {
+                "kind": str(one.scenario),
+                "share": round(one.share, 4),
+                "host": one.fault.host,
+                "wait_s": one.fault.capacity_wait_s,
+            }
+            for one in self.planned
+        ]
         return {
-            "job": self.job,
+            "job": self.status.name,
             "result": "PASS" if self.passed else "FAIL",
             "problems": self.problems,
-            "scenario": str(self.scenario),
-            "seed": self.seed,
-            "planned": [
-                {"kind": str(one.kind), "share": round(one.share, 4), "host": one.host, "wait_s": one.wait_s}
-                for one in self.planned
+            "scenario": str(self.config.fault or self.config.scenario),
+            "seed": self.config.seed,
+            "planned": planned,
+            "attempts": [asdict(loss) for loss in self.losses],
+            "host_faults": [
+                dict(note)
+                for attempt in self.status.attempts
+                for note in (*attempt.faults, attempt.interruption or {})
+                if "Hosts" in note
             ],
-            "attempts": [entry.to_json() for entry in self.entries],
-            "most_lost": worst(self.entries),
-            "max_lost": list(self.limits),
-            "status": self.status,
-            "running_s": self.running_s,
-            "reference": None
-            if self.reference is None
-            else {
-                "job": self.reference,
-                "running_s": self.reference_s,
-                "files_compared": self.compared,
-                "differences": list(self.differences),
-                "ignored": list(self.ignored),
-            },
+            "most_lost": most_lost(self.losses),
+            "max_lost": list(map(str, self.config.limits)),
+            "status": self.status.status,
+            "running_s": round(held_s(self.status), 1),
+            "reference": reference,
         }
 
     def table(self) -> str:
-        """The table and the lines below it."""
-        many = len({entry.host for entry in self.entries}) > 1
-        rows = [_cells(entry) for entry in self.entries]
-        keep = [index for index, head in enumerate(HEADS) if many or head != "host"]
-        shown = [tuple(row[index] for index in keep) for row in [HEADS, *rows]]
-        widths = [max(len(row[column]) for row in shown) for column in range(len(keep))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown
-        ]
-        return "\n".join([*lines, "", *self._words(), ""])
+        """One row for each attempt and host, then the summary."""
+        rows = [_cells(loss) for loss in self.losses]
+        if len({row["host"] for row in rows}) == 1:
+            rows = [{title: cell for title, cell in row.items() if title != "host"} for row in rows]
+        lines = [[*row] for row in rows[:1]] + [[*row.values()] for row in rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        table = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+        return "\n".join([*table, "", *self._summary(), ""])
 
-    def _words(self) -> list[str]:
-        waited = sum(strike.wait_s for strike in self.planned)
-        held = f"hosts held {self.running_s:.1f} s"
-        if self.reference_s is not None:
-            held += f" against {self.reference_s:.1f} s undisturbed"
-        if waited:
-            held += f"; {waited:g} s of waiting for capacity beside that"
-        most = worst(self.entries)
-        lost = ", ".join(f"{'?' if value is None else f'{value:g}'} {unit}" for unit, value in most.items())
-        words = [f"most lost by one interruption: {lost or 'nothing was interrupted'}", held]
+    def _summary(self) -> list[str]:
+        lost = ", ".join(
+            f"{'?' if value is None else f'{value:g}'} {unit}" for unit, value in most_lost(self.losses).items()
+        )
+        held = f"hosts held {held_s(self.status):.1f} s"
+        if self.reference:
+            held += f", {self.reference.running_s:.1f} s in the uninterrupted run"
+        if waited_s := sum(planned.fault.capacity_wait_s for planned in self.planned):
+            held += f"; {waited_s:g} s of waiting for capacity not included"
+        more = len(self.differences) - DIFFERENCES_SHOWN
         if self.compared is None:
-            words.append("output not compared")
-        elif not self.differences:
-            words.append(f"output: {self.compared} files equal to the undisturbed run, byte for byte")
+            output = "output not compared"
+        elif self.differences:
+            output = "output: " + "; ".join(self.differences[:DIFFERENCES_SHOWN])
+            output += f" and {more} more" if more > 0 else ""
         else:
-            more = f" and {len(self.differences) - SHOWN} more" if len(self.differences) > SHOWN else ""
-            words.append(f"output: {'; '.join(self.differences[:SHOWN])}{more}")
-        words.append(f"seed {self.seed} repeats the plan")
-        return [*words, *(["PASS"] if self.passed else [f"FAIL: {problem}" for problem in self.problems])]
+            output = f"output: {self.compared} files equal to the uninterrupted run, byte for byte"
+        return [
+            f"most lost by one interruption: {lost or 'nothing was interrupted'}",
+            held,
+            output,
+            f"seed {self.config.seed} repeats the schedule",
+            *([f"FAIL: {problem}" for problem in self.problems] or ["PASS"]),
+        ]
 
 
-def _cells(entry: Entry) -> tuple[str, ...]:
-    def amount(value: float | None, how: str) -> str:
-        if value is None:
-            return "?"
-        return {"at most": "<= ", "at least": ">= "}.get(how, "") + f"{value:g}"
+def _cells(loss: AttemptLoss) -> dict[str, str]:
+    """Column title -> cell."""
 
-    unit = f" {entry.unit}" if entry.unit else ""
-    ended = entry.interrupted
-    return (
-        str(entry.attempt),
-        entry.host,
-        entry.how,
-        amount(entry.started_from, entry.started_from_is),
-        amount(entry.counted, "exact") + (f" of {entry.total:g}" if entry.total else "") + unit,
-        amount(entry.lost, entry.lost_is) if ended else "-",
-        ("?" if entry.lost_s is None else f"<= {entry.lost_s:.1f}") if ended else "-",
-        "-" if entry.save_s is None else f"{entry.save_s:.1f}",
-        ("?" if entry.restart_s is None else f"{entry.restart_s:.1f}") if ended else "-",
-        entry.checkpoint or "-",
-    )
+    def amount(value: float | None, certainty: str = "exact") -> str:
+        return "?" if value is None else {"at most": "<= ", "at least": ">= "}.get(certainty, "") + f"{value:g}"
+
+    def seconds(value: float | None, prefix: str = "") -> str:
+        return "?" if value is None else f"{prefix}{value:.1f}"
+
+    counted = amount(loss.counted) + (f" of {loss.total:g}" if loss.total else "")
+    return {
+        "attempt": str(loss.attempt),
+        "host": loss.host,
+        "ended by": loss.how,
+        "started from": amount(loss.started_from, loss.started_from_is),
+        "reached": f"{counted} {loss.unit or ''}".rstrip(),
+        "lost": amount(loss.lost, loss.lost_is) if loss.interrupted else "-",
+        "lost s": seconds(loss.lost_s, "<= ") if loss.interrupted else "-",
+        "save s": "-" if loss.save_s is None else seconds(loss.save_s),
+        "restart s": seconds(loss.restart_s) if loss.interrupted else "-",
+        "checkpoint": loss.checkpoint or "-",
+    }

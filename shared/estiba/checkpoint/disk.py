@@ -1,7 +1,7 @@
-"""Bytes between memory and a file, digested on the way, past the page cache where the file system allows it.
+"""Read, write and digest large files, bypassing the page cache if the file system allows it.
 
-Direct input and output keep the time even: a buffered gigabyte competes with the job for memory and is written at the
-kernel's leisure, up to ten times slower (benchmarks/checkpoint_save.py). And what is read is what the disk holds.
+Direct I/O takes a steady time. Buffered writes compete with the job for memory and are flushed when the kernel chooses
+to, up to ten times slower (benchmarks/checkpoint_save.py). A direct read returns the bytes on the disk.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ctypes
 import errno
 import mmap
 import os
+import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,15 +26,15 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def padded(size_bytes: int) -> int:
-    """Up to whole pages, which direct input and output move."""
+    """Round up to whole pages, which direct I/O needs."""
     return -(-size_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
 def write(path: Path, memory: memoryview, start: int, size_bytes: int) -> str:
     """Write `memory[start:start + size_bytes]` to a new file and make it durable. Returns its xxh3-128.
 
-    `start` is a multiple of the page size, and the memory reaches to the end of the last page. Raises OSError; a full
-    disk is found before the first byte where the file system can reserve space.
+    `start` is a multiple of the page size, and `memory` extends to the end of the last page. Raises OSError; a full
+    disk fails before the first byte where the file system can reserve space.
     """
     direct = size_bytes >= CHUNK_BYTES
     while True:
@@ -50,15 +51,15 @@ def write(path: Path, memory: memoryview, start: int, size_bytes: int) -> str:
         except OSError as error:
             if not direct or error.errno != errno.EINVAL:
                 raise
-            direct = False  # a file system that does not take the flag, or takes it and refuses the writes
+            direct = False  # the file system refuses the flag, or accepts it and refuses the writes
 
 
 def read(path: Path, size_bytes: int) -> memoryview:
-    """A whole file of a size that is known, in writable memory that starts on a page. Raises OSError, EOFError."""
+    """Read a whole file of a known size into writable, page-aligned memory. Raises OSError, EOFError."""
     whole_bytes = max(PAGE_BYTES, padded(size_bytes))
     buffer = mmap.mmap(-1, whole_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError, AttributeError):  # large pages: to touch a gigabyte in small ones takes as long
-        buffer.madvise(mmap.MADV_HUGEPAGE)  # as to read it
+    with contextlib.suppress(OSError, AttributeError):
+        buffer.madvise(mmap.MADV_HUGEPAGE)  # touching a gigabyte in small pages takes as long as reading it
     view = memoryview(buffer)
     with _Reader(path, size_bytes) as reader:
         offsets = range(0, size_bytes, CHUNK_BYTES)
@@ -75,7 +76,7 @@ def read(path: Path, size_bytes: int) -> memoryview:
 
 
 def digest_of(path: Path, size_bytes: int) -> str:
-    """xxh3-128 of a file as the disk holds it, in little memory and without hurry. Raises OSError, EOFError."""
+    """Return the xxh3-128 of a file on the disk, in little memory and one thread. Raises OSError, EOFError."""
     digest = xxhash.xxh3_128()
     with mmap.mmap(-1, CHUNK_BYTES) as buffer, memoryview(buffer) as view, _Reader(path, size_bytes) as reader:
         for offset in range(0, size_bytes, CHUNK_BYTES):
@@ -85,10 +86,12 @@ def digest_of(path: Path, size_bytes: int) -> str:
 
 
 class _Reader:
-    """Positioned reads, direct where that works."""
+    """Positioned reads, direct where the file system allows it."""
 
     def __init__(self, path: Path, size_bytes: int) -> None:
         self.path, self.size_bytes = path, size_bytes
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait for a writer
+            raise EOFError("is not a regular file")
         try:
             self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
             self.is_direct = True
@@ -106,7 +109,7 @@ class _Reader:
         self.is_direct = False
 
     def fill(self, view: memoryview, offset: int) -> None:
-        """As much as `view` holds, or what is there before the end of the file."""
+        """Fill `view` from `offset`, up to the end of the file."""
         end = min(offset + len(view), self.size_bytes)
         at = offset
         while at < end:
@@ -115,7 +118,7 @@ class _Reader:
             except OSError as error:
                 if not self.is_direct or error.errno != errno.EINVAL:
                     raise
-                self._open_buffered()  # the direct descriptor stays open for other threads that are inside it
+                self._open_buffered()  # the direct one stays open for threads that are reading from it
                 continue
             if count == 0:
                 raise EOFError(f"ends at {at} bytes of {self.size_bytes}")
@@ -132,7 +135,7 @@ CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 
 
 def _reserve(descriptor: int, size_bytes: int) -> None:
-    """Ask for the space at once. Not posix_fallocate, which writes every block where this is not supported."""
+    """Reserve disk space. posix_fallocate would write every block if the file system does not support this."""
     if size_bytes == 0:
         return
     if _libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size_bytes)) != 0:
@@ -142,7 +145,7 @@ def _reserve(descriptor: int, size_bytes: int) -> None:
 
 
 def _write(descriptor: int, memory: memoryview, start: int, size_bytes: int, direct: bool) -> str:
-    # Direct writes are whole pages; what is too much at the end is cut off afterwards.
+    # Direct writes are whole pages; the caller truncates the last one.
     end = padded(size_bytes) if direct else size_bytes
     offsets = iter(range(0, end, CHUNK_BYTES))
     lock = threading.Lock()

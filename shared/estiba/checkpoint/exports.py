@@ -1,30 +1,39 @@
-"""Checkpoints in other tools' forms: one `.pt` file, or a folder of torch.distributed.checkpoint.
+"""Export and import of checkpoints: one `.pt` file, or a folder of torch.distributed.checkpoint.
 
-export_pt(restored.state, Path("checkpoint-step-500.pt"))     # torch.load(path, weights_only=True) takes it
-state = import_pt(Path("checkpoint-step-500.pt"))             # and so does a resume
+export_pt(restored.state, Path("checkpoint-step-500.pt"))     # torch.load(path, weights_only=True) reads it
+state = import_pt(Path("checkpoint-step-500.pt"))             # for a resume
 """
 
 from __future__ import annotations
 
 import os
 import pickle
+import re
 import warnings
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
-from estiba.errors import CheckpointError
-from estiba.store import FileStore
+from estiba.errors import CheckpointError, first_line
+from estiba.storage import FileStore
 
+DIGEST_SUFFIX = ".xxh128"
+"""The file beside an exported one that holds its xxh3-128, as `xxh128sum` writes and checks it."""
+_WRAPPERS = re.compile(r"(?:_orig_mod\.|module\.)+")
+"""What torch.compile and DistributedDataParallel put before every name of a state dict."""
+_READ_BYTES = 1 << 24
 MODEL, OPTIMIZER = "model_state_dict", "optimizer_state_dict"
 
 
 def export_pt(state: Mapping[str, Any], path: Path, extra: Mapping[str, Any] | None = None) -> None:
-    """One file with `model_state_dict`, `optimizer_state_dict`, `step` and everything else that a resume needs.
+    """Write one file with `model_state_dict`, `optimizer_state_dict`, `step` and everything else that a resume needs.
 
-    Published whole. Raises StoreError where it cannot be written.
+    The write is atomic. Raises StoreError if it cannot be written.
     """
     content = {
         "step": state["loop"]["step"],
@@ -37,51 +46,115 @@ def export_pt(state: Mapping[str, Any], path: Path, extra: Mapping[str, Any] | N
 
 
 def save_pt(content: Mapping[str, Any], path: Path) -> None:
-    """`torch.save`, published whole. Raises StoreError."""
-    with FileStore(path.parent).writer(path.name) as file:
+    """Write a `torch.save` file atomically, and its digest beside it. Raises StoreError."""
+    store = FileStore(path.parent)
+    store.delete(path.name + DIGEST_SUFFIX)  # a digest of the file before would condemn this one
+    with store.writer(path.name) as file:
         torch.save(dict(content), file)
     os.chmod(path, 0o666 & ~_umask())
+    write_digest(path)
+
+
+def write_digest(path: Path) -> None:
+    """Write `NAME.xxh128` beside a file that was just written. Raises StoreError."""
+    FileStore(path.parent).write(path.name + DIGEST_SUFFIX, f"{_digest_of_file(path)}  {path.name}\n".encode())
+
+
+def verify_file(path: Path) -> None:
+    """Compare a file with the digest beside it, if there is one, and a zip with its CRCs. Raises CheckpointError.
+
+    Every file of torch.save since torch 1.6 is a zip, so that files from elsewhere are verified too.
+    """
+    try:
+        beside = path.with_name(path.name + DIGEST_SUFFIX)
+        if beside.is_file():
+            expected = beside.read_text().split()[:1]
+            if expected != [_digest_of_file(path)]:
+                raise CheckpointError(
+                    f"{path}: its bytes do not match the digest in {beside.name}; copy both again from where they were "
+                    f"written, or, if it was replaced on purpose, remove {beside.name}"
+                )
+        elif zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if (name := archive.testzip()) is not None:
+                    raise CheckpointError(
+                        f"{path}: the bytes of {name} do not match their CRC; copy the file again from where it was "
+                        "written"
+                    )
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{path}: is damaged ({first_line(error)}); copy it again from where it was written"
+        ) from None
+
+
+def _digest_of_file(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while data := file.read(_READ_BYTES):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 def import_pt(path: Path) -> dict[str, Any]:
-    """The state in a file of `export_pt`, or `model` alone of one that another program wrote.
+    """Return the state in a file from `export_pt`, or just `model` from another program's file.
 
-    Nothing but tensors and plain values is read (`weights_only=True`). Raises CheckpointError.
+    Its bytes are verified first (`verify_file`). Only tensors and plain values are read (`weights_only=True`). Names
+    lose the prefixes of torch.compile and DistributedDataParallel. Raises CheckpointError.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: not a file of tensors and plain values ({first}); export it again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}; a checkpoint is a dict with {MODEL!r}")
+    verify_file(path)
+    content = read_pt(path)
     if MODEL not in content:
         if content and all(isinstance(value, torch.Tensor) for value in content.values()):
-            return {"model": content}  # a bare state dict
+            return {"model": _unwrapped(content)}  # a bare state dict
         raise CheckpointError(f"{path}: has no {MODEL!r} (found {sorted(map(str, content))[:10]}); export it again")
     if "estiba" not in content:
-        return {"model": content[MODEL]}
+        return {"model": _unwrapped(content[MODEL])}
     return {**content["estiba"], "model": content[MODEL], "optimizer": content[OPTIMIZER]}
 
 
-def export_dcp(state: Mapping[str, Any], folder: Path) -> None:
-    """Model and optimizer as torch.distributed.checkpoint writes them, for a job that shards them over its ranks.
+def read_pt(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """Return the dict in a `torch.save` file, unverified. With `mmap`, tensors are read only when they are used.
 
-    Its load reshards: every rank asks for its own part of each tensor. Raises CheckpointError.
+    Raises CheckpointError.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: not a file of tensors and plain values ({first_line(error)}); export it again"
+        ) from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}; a checkpoint is a dict with {MODEL!r}")
+    return content
+
+
+def _unwrapped(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights without the wrappers' prefixes, if all names have one."""
+    if all(_WRAPPERS.match(str(name)) for name in weights):
+        return {_WRAPPERS.sub("", name, count=1): tensor for name, tensor in weights.items()}
+    return dict(weights)
+
+
+def export_dcp(state: Mapping[str, Any], folder: Path) -> None:
+    """Write model and optimizer for torch.distributed.checkpoint, for a job that shards them over its ranks.
+
+    Its load reshards: every rank reads its own part of each tensor. Raises CheckpointError.
     """
     import torch.distributed.checkpoint as dcp
 
     if folder.exists() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder}: is there already; give a new folder")
+        raise CheckpointError(f"{folder}: exists already; give a new folder")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that this is one process, which is as it should be
+            warnings.simplefilter("ignore", UserWarning)  # it warns that this is one process
             dcp.save(
                 {"model": dict(state["model"]), "optimizer": state["optimizer"]}, checkpoint_id=folder, no_dist=True
             )
-    except (OSError, dcp.CheckpointException) as error:  # the latter is no Exception, but a BaseException
+    except (OSError, dcp.CheckpointException) as error:  # the latter is a BaseException, not an Exception
         raise CheckpointError(f"{folder}: not exported ({error}); check the disk") from None
 
 

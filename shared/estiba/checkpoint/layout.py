@@ -1,8 +1,8 @@
-"""Where each tensor lies in a safetensors file, and tensors as views of such bytes.
+"""The layout of tensors in a safetensors file, and tensors as views of its bytes.
 
 Source: the safetensors format, github.com/huggingface/safetensors: u64 header length, JSON header, tensor bytes without
-holes. Ours sorts tensors by the size of their elements, largest first, and ends the header on a multiple of 64, so that
-every view is aligned and any safetensors reader takes the file.
+gaps. Here tensors are sorted by element size, largest first, and the header ends on a multiple of 64, so
+every view is aligned. Every safetensors reader accepts such files.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Layout:
-    """One file: its header bytes, and each tensor's offset in bytes from the file's start."""
+    """A file's header, and each tensor's offset from the start of the file, in bytes."""
 
     header: bytes
     offsets: Mapping[str, int]
@@ -47,7 +47,7 @@ class Layout:
 
 
 def lay_out(tensors: Mapping[str, torch.Tensor]) -> Layout:
-    """Plan a file. Raises CheckpointError for a kind of number the format does not have."""
+    """Lay out a file. Raises CheckpointError for a dtype that the format lacks."""
     entries: dict[str, Any] = {}
     offset = 0
     for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
@@ -68,7 +68,7 @@ def lay_out(tensors: Mapping[str, torch.Tensor]) -> Layout:
 
 
 def view(buffer: Any, offset: int, like: torch.Tensor) -> torch.Tensor:
-    """A CPU tensor of `like`'s shape and dtype over a writable buffer; no bytes are copied."""
+    """Return a CPU tensor of `like`'s shape and dtype over a writable buffer, without a copy."""
     return _view(buffer, offset, like.dtype, tuple(like.shape))
 
 
@@ -82,7 +82,7 @@ def _view(buffer: Any, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) 
 
 
 def read(buffer: Any) -> dict[str, torch.Tensor]:
-    """Every tensor of a safetensors file in memory, as views. Raises CheckpointError where it is not one."""
+    """Return every tensor of a safetensors file in memory, as views. Raises CheckpointError for another format."""
     size = len(buffer)
     try:
         length = int.from_bytes(bytes(buffer[:8]), "little")
@@ -90,18 +90,18 @@ def read(buffer: Any) -> dict[str, torch.Tensor]:
             raise ValueError(f"a header of {length} bytes in a file of {size}")
         header = json.loads(bytes(buffer[8 : 8 + length]))
         header.pop("__metadata__", None)
-        found = {}
+        tensors = {}
         for name, entry in header.items():
             start, end = entry["data_offsets"]
             dtype, shape = _BY_NAME[entry["dtype"]], tuple(entry["shape"])
             count = torch.Size(shape).numel()
             if not 0 <= start <= end <= size - 8 - length or count * dtype.itemsize != end - start:
                 raise ValueError(f"{name}: bytes {start} to {end} for {list(shape)} of {entry['dtype']}")
-            where = 8 + length + start
-            if where % dtype.itemsize:  # another writer's file need not be aligned
-                found[name] = _view(bytearray(buffer[where : where + end - start]), 0, dtype, shape)
+            position = 8 + length + start
+            if position % dtype.itemsize:  # a file from another program may be unaligned
+                tensors[name] = _view(bytearray(buffer[position : position + end - start]), 0, dtype, shape)
             else:
-                found[name] = _view(buffer, where, dtype, shape)
-        return found
+                tensors[name] = _view(buffer, position, dtype, shape)
+        return tensors
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"not a safetensors file ({error}); give a file that save_file wrote") from None

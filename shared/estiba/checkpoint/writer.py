@@ -1,43 +1,42 @@
-"""The process that writes checkpoints from the arena, so that no step waits for a disk or for S3.
+"""The process that writes checkpoints from the staging buffer, so that no step waits for a disk or for S3.
 
-It is started by `saver.Checkpoints`, gets commands as JSON lines on its standard input and answers on its standard
-output. It imports no torch, ignores the signals that are meant for the trainer, and dies with it: a half-written
-folder is a hidden one, deleted at the next start.
+`WriterProcess` starts it. It reads commands as JSON lines from standard input and replies on standard output. It
+imports no torch, ignores the signals that are meant for the trainer, and dies with the trainer: a half-written folder
+has a hidden name and is deleted at the next start.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import json
 import mmap
 import os
 import shutil
-import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from estiba.checkpoint import directory, disk
-from estiba.checkpoint.directory import Manifest
-from estiba.checkpoint.pieces import digest_of
+from estiba.checkpoint import disk
+from estiba.checkpoint import format as ckpt_format
+from estiba.checkpoint.chunks import digest_of
+from estiba.checkpoint.format import Manifest
 from estiba.checkpoint.remote import Remote
-from estiba.checkpoint.retention import LEAST, Retention
+from estiba.checkpoint.retention import MIN_VERIFIED, Retention
 from estiba.errors import CheckpointError, EstibaError, StoreError
+from estiba.processes import die_with_parent, ignore_stop_signals
 
-PR_SET_PDEATHSIG = 1
 MARGIN_BYTES = 16 << 20
 POLL_S = 0.05
 Reply = dict[str, Any]
 
 
 class Writer:
-    """Writes, then looks after what is there: reads it back, deletes what is surplus, copies it to S3."""
+    """Writes checkpoints, reads them back, deletes surplus ones and copies the newest to S3."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.folder = Path(settings["folder"])
@@ -48,7 +47,7 @@ class Writer:
         self.remote = Remote(settings["upload"]) if settings["upload"] and self.rank == 0 else None
         self.verified: set[str] = set()
         self._map: mmap.mmap | None = None
-        self._lock = threading.Lock()  # of the folder's names: nothing is deleted while it is chosen or copied
+        self._lock = threading.Lock()  # no checkpoint is deleted while it is published, chosen or copied
         self._sending: str | None = None
         self._newest: str | None = None
         self._wake = threading.Condition()
@@ -58,7 +57,7 @@ class Writer:
         self._closing = False
         self._threads: list[threading.Thread] = []
         if self.rank == 0:
-            self._threads.append(threading.Thread(target=self._look_after, daemon=True))
+            self._threads.append(threading.Thread(target=self._verify_and_prune, daemon=True))
             if self.remote:
                 self._threads.append(threading.Thread(target=self._send, daemon=True))
         for thread in self._threads:
@@ -69,17 +68,17 @@ class Writer:
             command = json.loads(line)
             if command["do"] == "close":
                 break
-            if command["do"] == "known":  # what the trainer restored from was read and verified by it
+            if command["do"] == "verified":  # the trainer verified what it restored
                 self.verified.add(command["name"])
                 continue
             started = time.monotonic()
             try:
                 name = self.save(command)
-                answer({"saved": name, "step": command["step"], "seconds": time.monotonic() - started})
+                reply({"saved": name, "step": command["step"], "seconds": time.monotonic() - started})
             except OSError as error:
-                answer({"failed": self._explain(error), "step": command["step"]})
+                reply({"failed": self._explain(error), "step": command["step"]})
             except EstibaError as error:
-                answer({"failed": str(error), "step": command["step"]})
+                reply({"failed": str(error), "step": command["step"]})
         with self._wake:
             self._closing = True
             self._wake.notify_all()
@@ -87,32 +86,32 @@ class Writer:
             thread.join()
 
     def save(self, command: Mapping[str, Any]) -> str | None:
-        """Publish one checkpoint; None on ranks other than the first, whose part it is not."""
+        """Write this rank's part; the main rank publishes the checkpoint and returns its name, the others None."""
         step = int(command["step"])
         files = command["files"]  # [{"name", "start", "size"}]
         texts = {name: text.encode() for name, text in command["texts"].items()}
-        # Each attempt has a folder of its own, in which other ranks may be writing already.
-        hidden = f"{directory.TEMPORARY_PREFIX}{directory.name_of(step)}-{self.token}-{command['number']}"
+        # Each attempt has its own folder, and other ranks may be writing to it already.
+        hidden = f"{ckpt_format.TEMPORARY_PREFIX}{ckpt_format.checkpoint_name(step)}-{self.token}-{command['number']}"
         temporary = self.folder / hidden
         if self.rank == 0:
-            directory.clean(self.folder, keep=hidden)  # what a writer before this one left, killed in the middle
+            ckpt_format.remove_unfinished(self.folder, keep=hidden)
             self._make_room(int(command["needed"]))
         temporary.mkdir(parents=True, exist_ok=True)
         try:
             written: dict[str, Mapping[str, Any]] = {}
-            memory = memoryview(self._mapped(command["arena"]))
+            memory = memoryview(self._mapped(command["buffer_bytes"]))
             for file in files:
                 digest = disk.write(temporary / file["name"], memory, file["start"], file["size"])
                 written[file["name"]] = {"size": file["size"], "xxh3_128": digest}
             memory.release()
             for name, data in texts.items():
-                directory.write_file(temporary / name, data)
+                ckpt_format.write_file(temporary / name, data)
                 written[name] = {"size": len(data), "xxh3_128": digest_of(data)}
             if self.rank != 0:
-                _write_share(temporary, self.rank, written)
+                _write_part(temporary, self.rank, written)
                 return None
             for rank in range(1, self.ranks):
-                written |= _read_share(temporary, rank, deadline=time.monotonic() + float(command["patience_s"]))
+                written |= _read_part(temporary, rank, deadline=time.monotonic() + float(command["rank_timeout_s"]))
             manifest = Manifest(
                 step=step,
                 kind=command["kind"],
@@ -122,7 +121,7 @@ class Writer:
                 written=datetime.now(UTC).isoformat(timespec="seconds"),
             )
             with self._lock:
-                name = directory.publish(self.folder, temporary, manifest)
+                name = ckpt_format.publish(self.folder, temporary, manifest)
         except BaseException:
             if self.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -139,85 +138,87 @@ class Writer:
         return self._map
 
     def _make_room(self, size_bytes: int) -> None:
-        """Raises CheckpointError where the disk cannot take it; gives up old checkpoints first, never the last two."""
+        """Delete old checkpoints, never the last two, if space is short. Raises CheckpointError if it remains short."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self._free() >= size_bytes + MARGIN_BYTES:
+        if self._free_bytes() >= size_bytes + MARGIN_BYTES:
             return
         with self._lock:
-            for name in directory.bad_in(self.folder):
+            for name in ckpt_format.quarantined_names(self.folder):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
-            if self._free() < size_bytes + MARGIN_BYTES:
-                self._delete(self._surplus(Retention(keep_last=LEAST)))
-        if (free := self._free()) < size_bytes + MARGIN_BYTES:
+            if self._free_bytes() < size_bytes + MARGIN_BYTES:
+                self._delete(self._surplus(Retention(keep_last=MIN_VERIFIED)))
+        if (free := self._free_bytes()) < size_bytes + MARGIN_BYTES:
             raise CheckpointError(
-                f"{self.folder}: {size_bytes / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free; "
-                "free some or give the job a larger volume"
+                f"{self.folder}: {(size_bytes + MARGIN_BYTES) / 1e6:.1f} MB needed ({size_bytes / 1e6:.1f} and a "
+                f"margin of {MARGIN_BYTES / 1e6:.1f}), {free / 1e6:.1f} MB free; free some or give the job a "
+                "larger volume"
             )
 
-    def _free(self) -> int:
+    def _free_bytes(self) -> int:
         return shutil.disk_usage(self.folder).free
 
     def _explain(self, error: OSError) -> str:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             with contextlib.suppress(OSError):
                 return (
-                    f"{self.folder}: no space left ({self._free() / 1e6:.1f} MB free); free some or give the job a "
-                    "larger volume"
+                    f"{self.folder}: no space left ({self._free_bytes() / 1e6:.1f} MB free); free some or give "
+                    "the job a larger volume"
                 )
         return f"{self.folder}: {error.strerror or error}; check the disk and the mount"
 
-    # --- afterwards
+    # --- after publishing
 
-    def _look_after(self) -> None:
-        """Read back what was published, then delete what is surplus."""
+    def _verify_and_prune(self) -> None:
+        """Read back the published checkpoint, then delete surplus checkpoints."""
         while True:
             with self._wake:
                 self._is_reading = False
                 self._wake.wait_for(lambda: self._unread or self._closing)
                 if not self._unread:
                     return
-                name = self._unread[-1]  # only the newest: what came between is older than two that follow
+                name = self._unread[-1]  # the newest is enough; it is read back before older ones are deleted
                 self._unread.clear()
                 self._is_reading = True
             try:
-                directory.verify(self.folder / name)
+                ckpt_format.verify(self.folder / name)
                 self.verified.add(name)
             except CheckpointError as error:
                 if not (self.folder / name).exists():  # deleted by hand
                     continue
                 with self._lock:
-                    new_name = directory.set_aside(self.folder, name)
-                answer({"warning": f"{error}; it was written just now, so do not trust this disk (now {new_name})"})
+                    new_name = ckpt_format.quarantine(self.folder, name)
+                text = f"{error}; it was written just now, so do not trust this disk (quarantined as {new_name})"
+                reply({"warning": text})
             except StoreError as error:
-                answer({"warning": f"{error}"})
+                reply({"warning": f"{error}"})
                 continue
-            with self._lock, contextlib.suppress(OSError):  # a folder that cannot be read is for the next save to say
+            with self._lock, contextlib.suppress(OSError):  # the next save reports a folder that cannot be read
                 self._delete(self._surplus(self.retention))
-                for old in directory.bad_in(self.folder)[2:]:
+                for old in ckpt_format.quarantined_names(self.folder)[2:]:
                     shutil.rmtree(self.folder / old, ignore_errors=True)
 
     def _surplus(self, retention: Retention) -> list[str]:
-        found = []
-        for name in directory.names_in(self.folder):
-            with contextlib.suppress(
-                CheckpointError, StoreError
-            ):  # what cannot be read is for the next restore to set aside
-                found.append((name, directory.read_manifest(self.folder / name)))
-        return [name for name in retention.surplus(found, self.verified) if name not in (self._sending, self._newest)]
+        checkpoints = []
+        for name in ckpt_format.checkpoint_names(self.folder):
+            with contextlib.suppress(CheckpointError, StoreError):  # the next restore quarantines what cannot be read
+                checkpoints.append((name, ckpt_format.read_manifest(self.folder / name)))
+        return [
+            name for name in retention.surplus(checkpoints, self.verified) if name not in (self._sending, self._newest)
+        ]
 
     def _delete(self, names: list[str]) -> None:
         for name in names:
-            hidden = self.folder / f"{directory.TEMPORARY_PREFIX}deleting-{name}-{self.token}"
+            hidden = self.folder / f"{ckpt_format.TEMPORARY_PREFIX}deleting-{name}-{self.token}"
             with contextlib.suppress(OSError):
-                os.rename(self.folder / name, hidden)  # so that none is ever half there under its name
+                os.rename(self.folder / name, hidden)  # so that no partial checkpoint has this name
             shutil.rmtree(hidden, ignore_errors=True)
             self.verified.discard(name)
 
     def _send(self) -> None:
-        """Copy the newest to S3, again and again; one that came while another was on its way is skipped for a newer."""
+        """Copy each newest checkpoint to S3. One that is superseded before its turn is skipped."""
         assert self.remote is not None
         with contextlib.suppress(EstibaError):
-            self.remote.store.abort_uploads()  # they cost money and show nowhere
+            self.remote.store.abort_uploads()  # unfinished uploads cost money and are not listed
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._unsent or self._closing)
@@ -229,57 +230,54 @@ class Writer:
             started = time.monotonic()
             try:
                 size = self.remote.send(self.folder / name)
-                answer({"sent": name, "size": size, "seconds": time.monotonic() - started})
+                reply({"sent": name, "size": size, "seconds": time.monotonic() - started})
                 self.remote.prune(self.retention)
             except (EstibaError, OSError) as error:
-                answer({"warning": f"{self.remote.url}/{name}: not uploaded: {error}", "unsent": name})
+                reply({"warning": f"{self.remote.url}/{name}: not uploaded: {error}", "unsent": name})
             finally:
                 with self._lock:
                     self._sending = None
 
 
-def _write_share(temporary: Path, rank: int, written: Mapping[str, Any]) -> None:
-    share = temporary / f".rank-{rank}"
-    directory.write_file(share.with_suffix(".part"), json.dumps(written).encode())
-    os.rename(share.with_suffix(".part"), share)
+def _write_part(temporary: Path, rank: int, written: Mapping[str, Any]) -> None:
+    part = temporary / f".rank-{rank}"
+    ckpt_format.write_file(part.with_suffix(".part"), json.dumps(written).encode())
+    os.rename(part.with_suffix(".part"), part)
 
 
-def _read_share(temporary: Path, rank: int, deadline: float) -> dict[str, Any]:
-    """What another rank wrote into the same folder. Raises CheckpointError where it does not come."""
-    share = temporary / f".rank-{rank}"
+def _read_part(temporary: Path, rank: int, deadline: float) -> dict[str, Any]:
+    """Wait for another rank's list of files in the same folder. Raises CheckpointError on a timeout."""
+    part = temporary / f".rank-{rank}"
     while True:
         try:
-            found: dict[str, Any] = json.loads(share.read_bytes())
+            files: dict[str, Any] = json.loads(part.read_bytes())
         except FileNotFoundError:
             if time.monotonic() > deadline:
                 raise CheckpointError(f"{temporary.name}: rank {rank} did not write its part in time") from None
             time.sleep(POLL_S)
             continue
-        share.unlink()
-        return found
+        part.unlink()
+        return files
 
 
 _output = threading.Lock()
 
 
-def answer(reply: Reply) -> None:
-    """One line to the trainer; one that is gone is no reason to stop in the middle of a file."""
+def reply(message: Reply) -> None:
+    """Send one line to the trainer. If the trainer is gone, the current file is finished anyway."""
     with _output, contextlib.suppress(OSError):
-        sys.stdout.write(json.dumps(reply) + "\n")
+        sys.stdout.write(json.dumps(message) + "\n")
         sys.stdout.flush()
 
 
-def main() -> None:
-    parent = int(sys.argv[1])
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
-        os._exit(0)
+def main(make: Callable[[Mapping[str, Any]], Any]) -> None:
+    """Run the writer that `make` returns for its settings, at a lower priority than the trainer, and die with it."""
+    ignore_stop_signals()
+    die_with_parent(int(sys.argv[1]))
     with contextlib.suppress(OSError):
         os.nice(5)
-    Writer(json.loads(sys.stdin.readline())).run()
+    make(json.loads(sys.stdin.readline())).run()
 
 
 if __name__ == "__main__":
-    main()
+    main(Writer)

@@ -1,4 +1,4 @@
-"""A tokenizer of single letters, for tests of what only wants some tokenizer."""
+"""A tokenizer of single letters, for tests that need any tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small runs of the whole job, in this process or in another, and ways to stop them at a chosen place."""
+"""Small runs of the whole job, in this or another process, stopped at a chosen point."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from aura.config import AuraConfig
-from aura.work import Pretraining, train
-from estiba.contract import Job
+from aura.task import PretrainingTask
+from aura.train import train
 from estiba.errors import Interrupted
-from estiba.loop.work import Sums
-from estiba.stop import Stop
+from estiba.platform.contract import Job
+from estiba.platform.stop import Stop
+from estiba.training.task import Sums
 
 WORDS = "el barco zarpa al alba con la bodega llena de trigo y vino hacia otro puerto del mar".split()
 SMALL: dict[str, Any] = {
@@ -41,7 +42,7 @@ SMALL: dict[str, Any] = {
     "text_format": "lines",
     "num_workers": 1,
 }
-"""Three epochs of some ten steps each."""
+"""Three epochs of about fourteen steps each."""
 
 
 def write_text(path: Path, lines: int = 130, seed: int = 0) -> Path:
@@ -61,14 +62,14 @@ def config_at(root: Path, text: Path, **changes: Any) -> AuraConfig:
 
 
 def run(root: Path, text: Path, stop: Stop | None = None, **changes: Any) -> None:
-    """The job in this process. Raises what it raises."""
+    """Run the job in this process."""
     torch.set_num_threads(1)
     train(config_at(root, text, **changes), job_at(root), stop or Stop())
 
 
 @dataclasses.dataclass
 class Place:
-    """Where a run is to be stopped: in the `poll`-th micro-batch of the step after `step`, or in an evaluation."""
+    """Where to stop a run: in micro-batch `poll` of the step after `step`, or in an evaluation."""
 
     step: int
     poll: int = 0
@@ -77,12 +78,12 @@ class Place:
 
 
 def stopped_at(place: Place, root: Path, text: Path, monkeypatch: Any, **changes: Any) -> Interrupted:
-    """Run until `place`. Returns the error it ended with."""
+    """Run until `place` and return the error."""
     stop = Stop()
-    evaluation, original_loss = Pretraining.evaluation, Pretraining.loss
+    evaluation, original_loss = PretrainingTask.evaluate, PretrainingTask.loss
     seen = 0
 
-    def loss(self: Pretraining, model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    def loss(self: PretrainingTask, model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
         nonlocal seen
         if not place.in_evaluation and _steps_done(self) == place.step:
             if seen == place.poll:
@@ -90,30 +91,30 @@ def stopped_at(place: Place, root: Path, text: Path, monkeypatch: Any, **changes
             seen += 1
         return original_loss(self, model, batch)
 
-    def evaluated(self: Pretraining, model: torch.nn.Module) -> Iterator[Sums]:
+    def evaluated(self: PretrainingTask, model: torch.nn.Module) -> Iterator[Sums]:
         for index, sums in enumerate(evaluation(self, model)):
             yield sums
             if place.in_evaluation and _steps_done(self) == place.step and index == 0:
                 stop.request("the test", signum=place.signum)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Pretraining, "loss", loss)
-        patch.setattr(Pretraining, "evaluation", evaluated)
+        patch.setattr(PretrainingTask, "loss", loss)
+        patch.setattr(PretrainingTask, "evaluate", evaluated)
         try:
             run(root, text, stop, **changes)
         except Interrupted as error:
             return error
-    raise AssertionError("it ended before it was stopped")
+    raise AssertionError("the run ended before the stop")
 
 
-def _steps_done(self: Pretraining) -> int:
-    """As the optimizer counts them, so in a resumed run too."""
+def _steps_done(self: PretrainingTask) -> int:
+    """Return the optimizer's count, which a resume restores."""
     states = self.optimizer.state_dict()["state"]
     return int(states[0]["step"]) if states else 0
 
 
 def outcome(root: Path, ignore: Sequence[str] = ("metrics", "results.json")) -> dict[str, bytes]:
-    """Every file of the output that is a function of the work alone."""
+    """Return the output files that interruptions must not change."""
     folder = root / "model"
     found = {}
     for path in sorted(folder.rglob("*")):
@@ -124,7 +125,7 @@ def outcome(root: Path, ignore: Sequence[str] = ("metrics", "results.json")) -> 
 
 
 def start(root: Path, text: Path, *arguments: str, **changes: Any) -> subprocess.Popen[str]:
-    """The job as a process."""
+    """Start the job in another process."""
     flags = [f"--{name}={value}" for name, value in {**SMALL, **changes}.items()]
     return subprocess.Popen(
         [sys.executable, "-m", "aura", f"--dataset_path={text}", *flags, *arguments],

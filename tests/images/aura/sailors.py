@@ -1,4 +1,4 @@
-"""Spanish of any length for tests: the same sentences for the same seed, with words enough to fill a vocabulary."""
+"""Generated Spanish text, the same for the same seed, with enough words to fill a vocabulary."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def sentence(chance: random.Random) -> str:
 
 
 def paragraphs(size_bytes: int, seed: int = 1) -> str:
-    """Running text: a paragraph a line, now and then a blank line."""
+    """Return running text: one paragraph per line, and some blank lines."""
     chance = random.Random(seed)
     parts: list[str] = []
     size = 0
@@ -38,6 +38,6 @@ def paragraphs(size_bytes: int, seed: int = 1) -> str:
 
 
 def lines(count: int, seed: int = 1) -> list[str]:
-    """Documents of one line."""
+    """Return one-line documents."""
     chance = random.Random(seed)
     return [" ".join(sentence(chance) for _ in range(chance.randrange(1, 12))) for _ in range(count)]

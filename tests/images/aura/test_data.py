@@ -1,4 +1,4 @@
-"""Windows: the right tokens, every one once an epoch, by seed and index alone; and a corpus from a path."""
+"""Windows contain the right tokens, once per epoch, in an order set by seed and index alone; corpora from paths."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sailors import lines, paragraphs
 
-from aura.data import ORDER_BLOCK, Corpus, Windows, permuted, prepare
-from aura.tokenizer import Tokenizer, train_tokenizer
+from aura.data.corpus import Corpus, prepare
+from aura.data.windows import ORDER_BLOCK, Windows, permuted
+from aura.tokenizer.loading import Tokenizer
+from aura.tokenizer.training import train_tokenizer
 from estiba.errors import ConfigError, DataError
-from estiba.stop import Stop
+from estiba.platform.stop import Stop
 
 
 def windows_of(tokens: int, *, parts: int = 1, seq_length: int = 4, seed: int = 1) -> Windows:
-    """The stream 0, 1, 2, ... in so many parts."""
+    """Windows over the stream 0, 1, 2, ... in `parts` arrays."""
     return Windows(
         [part.astype(np.uint16) for part in np.array_split(np.arange(tokens), parts)],
         seq_length=seq_length,
@@ -31,7 +33,7 @@ def windows_of(tokens: int, *, parts: int = 1, seq_length: int = 4, seed: int = 
 
 @settings(max_examples=150, deadline=None)
 @given(tokens=st.integers(2, 600), parts=st.integers(1, 40), seq_length=st.integers(1, 50), seed=st.integers(0, 2**63))
-def test_an_epoch_holds_every_window_once_over_whatever_parts(
+def test_an_epoch_contains_every_window_once_for_any_number_of_parts(
     tokens: int, parts: int, seq_length: int, seed: int
 ) -> None:
     windows = windows_of(tokens, parts=parts, seq_length=seq_length, seed=seed)
@@ -47,7 +49,7 @@ def test_an_epoch_holds_every_window_once_over_whatever_parts(
 
 @settings(max_examples=100, deadline=None)
 @given(first=st.integers(0, 500), count=st.integers(0, 200), cut=st.integers(0, 200))
-def test_what_is_taken_depends_on_the_index_alone(first: int, count: int, cut: int) -> None:
+def test_samples_depend_on_the_index_alone(first: int, count: int, cut: int) -> None:
     windows = windows_of(400, parts=7)
     cut = min(cut, count)
     whole = windows.take(first, count)
@@ -55,7 +57,7 @@ def test_what_is_taken_depends_on_the_index_alone(first: int, count: int, cut: i
     assert torch.equal(torch.cat([fresh.take(first, cut), fresh.take(first + cut, count - cut)]), whole)
 
 
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+def test_every_epoch_and_every_seed_has_its_own_order() -> None:
     windows = windows_of(1001)
     orders = [windows.order(epoch * 250, 250).tolist() for epoch in range(3)]
     orders.append(windows_of(1001, seed=2).order(0, 250).tolist())
@@ -64,7 +66,7 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 63, 64, ORDER_BLOCK, ORDER_BLOCK + 1, 3 * ORDER_BLOCK + 17, 10**6 + 3])
-def test_the_order_is_a_permutation_block_by_block(count: int) -> None:
+def test_the_order_is_a_permutation_and_blocks_of_it_agree(count: int) -> None:
     whole = permuted(np.arange(count, dtype=np.uint64), count, 7, 3)
     assert np.array_equal(np.sort(whole), np.arange(count))
     some = np.arange(count, dtype=np.uint64)[count // 3 : count // 3 + 1000]
@@ -72,7 +74,7 @@ def test_the_order_is_a_permutation_block_by_block(count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [5_000, 300_000])
-def test_the_order_looks_like_chance(count: int) -> None:
+def test_the_order_looks_random(count: int) -> None:
     order = permuted(np.arange(count, dtype=np.uint64), count, 11, 0).astype(np.float64)
     bound = 5 / np.sqrt(count)
     assert abs(np.corrcoef(order, np.arange(count))[0, 1]) < bound
@@ -84,8 +86,8 @@ def test_the_order_looks_like_chance(count: int) -> None:
     assert (order == other).sum() < 20
 
 
-def test_the_order_is_the_one_of_the_first_release() -> None:
-    """A run that was begun by one version goes on with another: never change these without a new VERSION."""
+def test_the_order_matches_the_first_release() -> None:
+    """Another version must be able to resume a run: never change these without a new VERSION."""
     assert permuted(np.arange(8, dtype=np.uint64), 8, 42, 0).tolist() == [1, 2, 0, 6, 3, 5, 4, 7]
     large = permuted(np.arange(6, dtype=np.uint64), 1_000_000, 42, 1)
     assert large.tolist() == [
@@ -98,7 +100,7 @@ def test_the_order_is_the_one_of_the_first_release() -> None:
     ]
 
 
-def test_an_epoch_of_many_blocks_crosses_them_and_its_end() -> None:
+def test_samples_continue_across_blocks_and_across_epochs() -> None:
     windows = windows_of(60_000, seq_length=1)
     windows._count = 3 * ORDER_BLOCK + 5  # only the order is asked for
     first = windows.order(ORDER_BLOCK - 3, 6).tolist()
@@ -107,14 +109,14 @@ def test_an_epoch_of_many_blocks_crosses_them_and_its_end() -> None:
     assert end == [int(windows.order(windows._count - 2 + step, 1)[0]) for step in range(4)]
 
 
-def test_the_identity_tells_stream_length_and_seed_apart() -> None:
+def test_the_identity_depends_on_stream_length_and_seed() -> None:
     same = [windows_of(400).identity, windows_of(400).identity]
     others = [windows_of(401), windows_of(400, seq_length=5), windows_of(400, seed=2)]
     assert same[0] == same[1]
     assert len({same[0], *(windows.identity for windows in others)}) == 4
 
 
-def test_too_few_tokens_make_no_window_and_say_so() -> None:
+def test_too_few_tokens_for_a_window_are_an_error() -> None:
     windows = windows_of(4)
     assert len(windows) == 0
     with pytest.raises(DataError, match="4 tokens make no window of 4 \\+ 1"):
@@ -136,7 +138,9 @@ def corpus_of(path: Path | str, folder: Path, tokenizer: Tokenizer, **changes: o
     return prepare(str(path), tokenizer=tokenizer, folder=folder, **options)  # type: ignore[arg-type]
 
 
-def test_a_corpus_is_the_same_wherever_it_lies_and_however_it_is_made(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_corpus_does_not_depend_on_its_location_or_the_number_of_workers(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / f"{name}.txt").write_text(paragraphs(200_000), "utf-8")
@@ -145,9 +149,9 @@ def test_a_corpus_is_the_same_wherever_it_lies_and_however_it_is_made(tmp_path: 
     assert one.identity == two.identity
     assert torch.equal(one.train.take(3, 50), two.train.take(3, 50))
     assert torch.equal(one.validation.take(0, 5), two.validation.take(0, 5))
-    assert one.bytes == (tmp_path / "one/one.txt").stat().st_size
+    assert one.stats.text_bytes == (tmp_path / "one/one.txt").stat().st_size
     assert one.tokens == one.train.tokens + one.validation.tokens
-    assert 1 < one.tokens_per_word < 10 and one.documents > 40
+    assert 1 < one.tokens_per_word < 10 and one.stats.documents > 40
     other = corpus_of(tmp_path / "one", tmp_path / "a", tokenizer, seed=6)
     assert other.identity != one.identity
 
@@ -166,7 +170,7 @@ def test_s3_gives_the_same_corpus(tmp_path: Path, tokenizer: Tokenizer, monkeypa
         for name, value in running.environ.items():
             monkeypatch.setenv(name, value)
         running.make_bucket("textos")
-        from estiba.store import open_store
+        from estiba.storage import open_store
 
         store = open_store("s3://textos/es")
         store.write("a.txt", text.encode())
@@ -180,13 +184,13 @@ def test_s3_gives_the_same_corpus(tmp_path: Path, tokenizer: Tokenizer, monkeypa
         server.__exit__(None, None, None)
 
 
-def test_too_little_text_says_what_would_do(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_too_little_text_is_an_error_with_a_remedy(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "a.txt").write_text("Hola.\n", "utf-8")
     with pytest.raises(DataError, match=r"tokens to train on make no window of 64 \+ 1.*--seq_length of at most"):
         corpus_of(tmp_path / "a.txt", tmp_path / "s", tokenizer, validation_split=0.0)
 
 
-def test_too_little_held_out_is_a_warning(
+def test_too_little_validation_text_is_a_warning(
     tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.txt").write_text(paragraphs(20_000), "utf-8")
@@ -197,17 +201,17 @@ def test_too_little_held_out_is_a_warning(
     assert "no validation loss" not in capsys.readouterr().err
 
 
-def test_empty_documents_are_counted_and_said(
+def test_empty_documents_are_counted_and_reported(
     tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.txt").write_text("\n".join([*lines(300), "", "  ", "fin."]), "utf-8")
     corpus = corpus_of(tmp_path / "a.txt", tmp_path / "s", tokenizer, text_format="lines")
-    assert corpus.documents == 301
-    assert "2 of 303 documents are empty; left out" in capsys.readouterr().err
+    assert corpus.stats.documents == 301
+    assert "skipped 2 empty documents of 303" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("split", [-0.1, 1.0, 2.0])
-def test_a_split_that_is_no_share_is_refused(tmp_path: Path, tokenizer: Tokenizer, split: float) -> None:
+def test_a_validation_split_must_be_a_fraction(tmp_path: Path, tokenizer: Tokenizer, split: float) -> None:
     with pytest.raises(ConfigError, match="validation_split"):
         corpus_of(tmp_path, tmp_path / "s", tokenizer, validation_split=split)
 
@@ -220,8 +224,8 @@ def test_packing_a_large_file_takes_little_memory(tmp_path: Path, tokenizer: Tok
             file.write(text.replace(" la ", f" la{number} "))
     tokenizer.save(tmp_path / "tokenizer")
     program = (
-        "import sys, resource; from pathlib import Path; from aura.data import prepare; "
-        "from aura.tokenizer import load_tokenizer; from estiba.stop import Stop\n"
+        "import sys, resource; from pathlib import Path; from aura.data.corpus import prepare; "
+        "from aura.tokenizer.loading import load_tokenizer; from estiba.platform.stop import Stop\n"
         "tokenizer = load_tokenizer(sys.argv[2]); "
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "prepare(sys.argv[1], tokenizer=tokenizer, folder=Path(sys.argv[3]), seq_length=64, validation_split=0.01, "

@@ -1,4 +1,4 @@
-"""Files to documents: every odd file is read as it should be, or refused by name, line and remedy."""
+"""Files to documents: every unusual file is read correctly, or is an error with name, line and remedy."""
 
 from __future__ import annotations
 
@@ -9,11 +9,19 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-import zstandard
+from backports import zstd
 
-from aura import documents
-from aura.documents import BLOCK_BYTES, PIECE_BYTES, STRETCH_BYTES, documents_in, form_of, read_documents, stretches
-from aura.sources import find_sources
+from aura.data import documents
+from aura.data.documents import (
+    BLOCK_BYTES,
+    CHUNK_BYTES,
+    PART_BYTES,
+    detect_layout,
+    documents_in,
+    read_chunks,
+    read_documents,
+)
+from aura.data.sources import find_sources
 from estiba.errors import ConfigError, DataError
 
 PROSE = (
@@ -24,19 +32,19 @@ PROSE = (
 def texts(path: Path | str, text_format: documents.TextFormat = "auto") -> list[str]:
     found = []
     for source in find_sources(str(path)):
-        for stretch in stretches(source, text_format):
-            found += ["".join(document.pieces) for document in documents_in(stretch)]
+        for chunk in read_chunks(source, text_format):
+            found += ["".join(document.parts) for document in documents_in(chunk)]
     return found
 
 
 @pytest.fixture
-def small_stretches(monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(documents, "STRETCH_BYTES", 20_000)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 20_000)
     monkeypatch.setattr(documents, "SAMPLE_BYTES", 5_000)
     return 20_000
 
 
-def test_running_text_comes_back_whole_in_blocks_that_end_at_paragraphs(tmp_path: Path) -> None:
+def test_running_text_is_split_without_loss_into_blocks_that_end_at_paragraphs(tmp_path: Path) -> None:
     text = "".join(f"Párrafo número {number}: la mar estaba en calma.\n\n" for number in range(4000))
     (tmp_path / "a.txt").write_text(text, "utf-8")
     blocks = texts(tmp_path)
@@ -46,34 +54,34 @@ def test_running_text_comes_back_whole_in_blocks_that_end_at_paragraphs(tmp_path
 
 
 @pytest.mark.parametrize("text_format", ["running", "lines"])
-def test_stretches_join_to_the_file_and_know_their_first_line(
-    tmp_path: Path, small_stretches: int, text_format: documents.TextFormat
+def test_chunks_join_to_the_file_and_know_their_first_line(
+    tmp_path: Path, small_chunks: int, text_format: documents.TextFormat
 ) -> None:
     text = "".join(f"línea {number} " + "ñandú " * (number % 97) + "\n" for number in range(2000))
     (tmp_path / "a.txt").write_text(text, "utf-8")
     (source,) = find_sources(str(tmp_path))
-    found = list(stretches(source, text_format))
+    found = list(read_chunks(source, text_format))
     assert len(found) > 5
-    assert b"".join(stretch.data for stretch in found) == text.encode()
+    assert b"".join(chunk.data for chunk in found) == text.encode()
     line = 1
-    for stretch in found:
-        assert stretch.first_line == line
-        line += stretch.data.count(b"\n")
-    assert sum(stretch.raw_bytes for stretch in found) == len(text.encode())
+    for chunk in found:
+        assert chunk.first_line == line
+        line += chunk.data.count(b"\n")
+    assert sum(chunk.raw_bytes for chunk in found) == len(text.encode())
 
 
-def test_a_document_a_line_is_told_from_running_text() -> None:
+def test_one_document_per_line_is_distinguished_from_running_text() -> None:
     sentences = "El barco zarpó al alba con buen viento.\n" * 50
     wrapped = "El barco zarpó al alba con\nbuen viento y la mar en\ncalma, como se esperaba de\nese mes\n" * 20
-    assert form_of(sentences.encode(), "text", "auto") == "lines"
-    assert form_of(wrapped.encode(), "text", "auto") == "running"
-    assert form_of((sentences[:400] + "\n" + sentences).encode(), "text", "auto") == "running"
-    assert form_of("una sola línea sin fin".encode(), "text", "auto") == "running"
-    assert form_of(sentences.encode(), "text", "running") == "running"
-    assert form_of(b'{"text": "x"}', "jsonl", "lines") == "jsonl"
+    assert detect_layout(sentences.encode(), "text", "auto") == "lines"
+    assert detect_layout(wrapped.encode(), "text", "auto") == "running"
+    assert detect_layout((sentences[:400] + "\n" + sentences).encode(), "text", "auto") == "running"
+    assert detect_layout("una sola línea sin fin".encode(), "text", "auto") == "running"
+    assert detect_layout(sentences.encode(), "text", "running") == "running"
+    assert detect_layout(b'{"text": "x"}', "jsonl", "lines") == "jsonl"
 
 
-def test_windows_line_ends_and_a_byte_order_mark_change_nothing(tmp_path: Path, small_stretches: int) -> None:
+def test_windows_line_ends_and_a_byte_order_mark_make_no_difference(tmp_path: Path, small_chunks: int) -> None:
     text = PROSE * 800
     (tmp_path / "unix").mkdir()
     (tmp_path / "windows").mkdir()
@@ -82,16 +90,14 @@ def test_windows_line_ends_and_a_byte_order_mark_change_nothing(tmp_path: Path, 
     assert texts(tmp_path / "unix") == texts(tmp_path / "windows")
 
 
-def test_a_carriage_return_at_the_end_of_a_read_is_not_torn_from_its_line_feed(
-    tmp_path: Path, small_stretches: int
-) -> None:
+def test_a_carriage_return_at_the_end_of_a_read_stays_with_its_line_feed(tmp_path: Path, small_chunks: int) -> None:
     for shift in range(4):
         text = "x" * shift + "ab\r\n" * 30_000
         (tmp_path / "a.txt").write_bytes(text.encode())
         assert "".join(texts(tmp_path, "running")) == text.replace("\r\n", "\n")
 
 
-def test_json_lines_give_their_text_field_and_blank_lines_are_no_documents(tmp_path: Path) -> None:
+def test_json_lines_give_their_text_field_and_blank_lines_are_ignored(tmp_path: Path) -> None:
     rows = ["uno", "dos\ncon línea", "", "tres \\ñ 🚢"]
     lines = [json.dumps({"text": row, "id": 3}) for row in rows]
     (tmp_path / "a.jsonl").write_text("\ufeff" + "\r\n".join(lines) + "\n\n", "utf-8")
@@ -99,27 +105,27 @@ def test_json_lines_give_their_text_field_and_blank_lines_are_no_documents(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "message"),
     [
         ('{"text": "sin cerrar"', "line 3 is not JSON"),
         ('{"texto": "hola", "id": 1}', "no field `text` (found id, texto)"),
-        ('["hola"]', "line 3 holds a list, not an object"),
+        ('["hola"]', "line 3 is a list, not an object"),
         ('{"text": null}', "`text` is null, not a string"),
         ('{"text": "\\ud800"}', "half of a surrogate pair"),
         ('{"text": ' + "[" * 100_000, "line 3"),
     ],
 )
-def test_a_bad_json_line_is_named_with_its_file_and_number(tmp_path: Path, line: str, says: str) -> None:
+def test_a_bad_json_line_is_named_with_its_file_and_number(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "uno"}\n{"text": "dos"}\n' + line + "\n", "utf-8")
     with pytest.raises(DataError) as caught:
         texts(path)
-    assert str(path) in str(caught.value) and says in str(caught.value)
+    assert str(path) in str(caught.value) and message in str(caught.value)
 
 
 @pytest.mark.parametrize("text_format", ["running", "lines"])
-def test_bad_utf8_is_named_by_line_also_in_a_later_stretch(
-    tmp_path: Path, small_stretches: int, text_format: documents.TextFormat
+def test_invalid_utf8_is_reported_with_its_line_also_in_a_later_chunk(
+    tmp_path: Path, small_chunks: int, text_format: documents.TextFormat
 ) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes("el niño llegó.\n".encode() * 5000 + "el niño".encode("latin-1") + b"\n" + b"otra.\n" * 10)
@@ -128,41 +134,41 @@ def test_bad_utf8_is_named_by_line_also_in_a_later_stretch(
 
 
 @pytest.mark.parametrize(
-    ("data", "says"),
+    ("data", "message"),
     [
         ("hola\n".encode("utf-16"), "is UTF-16, not UTF-8"),
-        ("hola, ¿qué tal?\n".encode("utf-16-le"), "UTF-16 or no text"),
-        (b"\x00\x01\x02" * 500, "UTF-16 or no text"),
+        ("hola, ¿qué tal?\n".encode("utf-16-le"), "UTF-16 or not text"),
+        (b"\x00\x01\x02" * 500, "UTF-16 or not text"),
         (b"", "is empty (0 bytes)"),
         (b"\xef\xbb\xbf", "is empty"),
     ],
 )
-def test_what_is_no_utf8_text_is_refused_with_the_remedy(tmp_path: Path, data: bytes, says: str) -> None:
+def test_text_that_is_not_utf8_is_an_error_with_a_remedy(tmp_path: Path, data: bytes, message: str) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(data)
     with pytest.raises(DataError) as caught:
         texts(tmp_path)
-    assert str(path) in str(caught.value) and says in str(caught.value)
+    assert str(path) in str(caught.value) and message in str(caught.value)
 
 
-def test_empty_documents_are_seen_as_such_and_not_dropped(tmp_path: Path) -> None:
+def test_empty_documents_are_kept_as_empty(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Uno.\n\n   \nDos.\n", "utf-8")
     assert texts(tmp_path, "lines") == ["Uno.", "", "", "Dos."]
 
 
-def test_compressed_files_are_read_by_what_they_are(tmp_path: Path) -> None:
+def test_compression_is_recognised_by_content(tmp_path: Path) -> None:
     data = PROSE.encode() * 50
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(data) + gzip.compress(data))
-    (tmp_path / "b.txt.zst").write_bytes(zstandard.compress(data) + zstandard.compress(data))
-    (tmp_path / "c.txt").write_bytes(gzip.compress(data * 2))  # its name says nothing of it
-    found = [stretch.data for source in find_sources(str(tmp_path)) for stretch in stretches(source, "running")]
+    (tmp_path / "b.txt.zst").write_bytes(zstd.compress(data) + zstd.compress(data))
+    (tmp_path / "c.txt").write_bytes(gzip.compress(data * 2))  # the name does not show it
+    found = [chunk.data for source in find_sources(str(tmp_path)) for chunk in read_chunks(source, "running")]
     assert found == [data * 2] * 3
 
 
 @pytest.mark.parametrize("kind", ["gz", "zst"])
-def test_a_compressed_file_that_is_cut_short_is_refused(tmp_path: Path, kind: str) -> None:
+def test_a_truncated_compressed_file_is_an_error(tmp_path: Path, kind: str) -> None:
     noise = os.urandom(300_000).hex().encode()
-    whole = gzip.compress(noise) if kind == "gz" else zstandard.compress(noise)
+    whole = gzip.compress(noise) if kind == "gz" else zstd.compress(noise)
     path = tmp_path / f"a.txt.{kind}"
     for size in (len(whole) - 3, len(whole) // 2):
         path.write_bytes(whole[:size])
@@ -170,23 +176,23 @@ def test_a_compressed_file_that_is_cut_short_is_refused(tmp_path: Path, kind: st
             texts(path)
 
 
-def test_a_long_document_goes_on_in_pieces_cut_between_words(tmp_path: Path) -> None:
+def test_a_long_document_is_split_into_parts_between_words(tmp_path: Path) -> None:
     line = "palabra ñandú " * 100_000
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": line}) + "\n", "utf-8")
     pieces = list(read_documents(str(tmp_path)))
     assert "".join(pieces) == line
-    assert len(pieces) > 4 and all(len(piece.encode()) <= PIECE_BYTES for piece in pieces)
+    assert len(pieces) > 4 and all(len(piece.encode()) <= PART_BYTES for piece in pieces)
     assert all(piece.startswith(" ") for piece in pieces[1:])
 
 
-def test_text_without_any_space_is_cut_between_letters(tmp_path: Path) -> None:
+def test_text_without_spaces_is_split_between_characters(tmp_path: Path) -> None:
     text = "ñ🚢" * 50_000
     (tmp_path / "a.txt").write_text(text, "utf-8")
     blocks = texts(tmp_path)
     assert len(blocks) > 10 and "".join(blocks) == text
 
 
-def test_one_line_of_100_mb_is_read_in_little_memory(tmp_path: Path) -> None:
+def test_one_line_of_100_mb_needs_little_memory(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     piece = "una línea que no termina nunca, " * 32_768
     with path.open("w", encoding="utf-8") as file:
@@ -195,34 +201,32 @@ def test_one_line_of_100_mb_is_read_in_little_memory(tmp_path: Path) -> None:
     (source,) = find_sources(str(path))
     tracemalloc.start()
     try:
-        size = sum(len(stretch.data) for stretch in stretches(source, "auto"))
+        size = sum(len(chunk.data) for chunk in read_chunks(source, "auto"))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert size == path.stat().st_size
-    assert peak < 5 * STRETCH_BYTES
+    assert peak < 5 * CHUNK_BYTES
 
 
-def test_one_line_longer_than_a_stretch_is_one_document(tmp_path: Path, small_stretches: int) -> None:
+def test_one_line_longer_than_a_chunk_is_one_document(tmp_path: Path, small_chunks: int) -> None:
     long = "una palabra " * 9000
     for text in (long, long + "\n", f"corta.\n{long}\notra.\n", f"{long}\n{long}"):
         (tmp_path / "a.txt").write_text(text, "utf-8")
         assert texts(tmp_path, "lines") == text.removesuffix("\n").split("\n")
 
 
-def test_a_line_too_long_to_be_a_document_is_refused(
-    tmp_path: Path, small_stretches: int, monkeypatch: pytest.MonkeyPatch
+def test_a_line_that_is_too_long_for_a_document_is_an_error(
+    tmp_path: Path, small_chunks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "LONGEST_LINE_BYTES", 2**20)
+    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 2**20)
     (tmp_path / "a.txt").write_text("corta.\n" * 10 + "x" * (3 * 2**20), "utf-8")
     with pytest.raises(DataError, match=r"line 11 is longer than 1 MiB.*--text_format running"):
         texts(tmp_path, "lines")
     assert len("".join(texts(tmp_path, "running"))) == 70 + 3 * 2**20
 
 
-def test_directories_globs_and_lists_are_read_in_order_of_names(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_directories_globs_and_lists_are_sorted_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "sub/.cache").mkdir(parents=True)
     for name in ("b.txt", "a.TXT", "sub/c.jsonl", "LEEME.md", "foto.png", ".oculto.txt", "sub/.cache/d.txt"):
         (tmp_path / name).write_text('{"text": "x"}\n', "utf-8")
@@ -231,7 +235,7 @@ def test_directories_globs_and_lists_are_read_in_order_of_names(
         return [source.url.removeprefix(f"{tmp_path}/") for source in find_sources(location)]
 
     assert names(str(tmp_path)) == ["a.TXT", "b.txt", "sub/c.jsonl"]
-    assert "4 files of other kinds left alone" in capsys.readouterr().err
+    assert "ignored 4 files of other kinds" in capsys.readouterr().err
     assert names(f"{tmp_path}/*.txt") == ["b.txt"]
     assert names(f"{tmp_path}/**/*.jsonl") == ["sub/c.jsonl"]
     assert names(f"{tmp_path}/sub, {tmp_path}/b.txt,{tmp_path}/b.txt") == ["sub/c.jsonl", "b.txt"]
@@ -239,34 +243,51 @@ def test_directories_globs_and_lists_are_read_in_order_of_names(
     assert names(f"file://{tmp_path}/*.txt") == ["b.txt"]
 
 
-def test_a_name_with_a_comma_or_a_wildcard_that_exists_is_that_file(tmp_path: Path) -> None:
+def test_an_existing_name_with_a_comma_or_a_wildcard_is_that_file(tmp_path: Path) -> None:
     for name in ("uno, dos.txt", "que[1].txt"):
         (tmp_path / name).write_text(PROSE, "utf-8")
         assert [source.path for source in find_sources(str(tmp_path / name))] == [name]
 
 
 @pytest.mark.parametrize(
-    ("location", "says"),
+    ("location", "message"),
     [
         ("nada.txt", "no such file or directory"),
         ("*.txt", "no .txt or .jsonl file there (found nothing)"),
         ("otros", "no .txt or .jsonl file there (found a.csv)"),
-        ("otros/a.csv", "not a kind of file that is read here"),
+        ("otros/a.csv", "this kind of file is not supported"),
         ("", "dataset_path is empty"),
     ],
 )
-def test_a_path_without_text_is_a_mistake_that_says_what_was_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str, says: str
+def test_a_path_without_text_is_an_error_that_names_what_was_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "otros").mkdir()
     (tmp_path / "otros/a.csv").write_text("a,b\n")
     with pytest.raises(ConfigError) as caught:
         find_sources(location)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_dangling_link_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").symlink_to(tmp_path / "no está")
     with pytest.raises(Exception, match=r"a\.txt"):
+        texts(tmp_path)
+
+
+def test_one_bad_byte_in_a_utf8_file_is_not_advised_away_with_another_encoding(tmp_path: Path) -> None:
+    text = "La niña añoró el otoño, según la capitana.\n" * 100
+    (tmp_path / "a.txt").write_bytes(text.encode() + b"ma\xf1ana\n" + text.encode())
+    with pytest.raises(DataError, match=r"line 101 is not UTF-8 \(byte 0xf1\).*with 1 such bytes") as caught:
+        texts(tmp_path)
+    assert "iconv -c -f UTF-8 -t UTF-8" in str(caught.value) and "WINDOWS-1252" not in str(caught.value)
+    (tmp_path / "a.txt").write_bytes(text.encode("cp1252"))
+    with pytest.raises(DataError, match="WINDOWS-1252"):
+        texts(tmp_path)
+
+
+def test_a_key_that_occurs_twice_is_an_error_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "uno"}\n{"text": "dos", "text": "tres"}\n')
+    with pytest.raises(DataError, match=r"line 2 is not JSON \(the key 'text' occurs twice"):
         texts(tmp_path)

@@ -1,7 +1,8 @@
-"""What is left of a training: that others read it, and compute the same."""
+"""Exported models: other libraries read them and compute the same."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,15 +12,15 @@ from letters import Letters
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from aura.export import final_model, hf_directory, load_final_model, model_config, write_whole
-from aura.model import Aura, Shape
-from aura.sample import sample
+from aura.artifacts.export import load_final_model, publish, write_final_model, write_hf_directory
+from aura.artifacts.sample import sample
+from aura.model.decoder import Aura, ModelConfig
 
 WORDS = Letters()
 
 
 def model_of(*, tied: bool = False, theta: float = 10_000.0) -> Aura:
-    shape = Shape(
+    shape = ModelConfig(
         vocab_size=WORDS.vocab_size, embed_size=48, num_layers=3, num_heads=4, seq_length=40, ff_size=100,
         dropout=0.1, rope_theta=theta, tie_embeddings=tied,
     )  # fmt: skip
@@ -35,18 +36,18 @@ def model_of(*, tied: bool = False, theta: float = 10_000.0) -> Aura:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hf") / "model"
-    hf_directory(model_of(), WORDS, folder)  # type: ignore[arg-type]
+    write_hf_directory(model_of(), WORDS, folder)  # type: ignore[arg-type]
     return folder
 
 
 @pytest.mark.parametrize(("tied", "theta"), [(False, 10_000.0), (True, 500_000.0)])
 def test_transformers_computes_the_same_logits(tmp_path: Path, tied: bool, theta: float) -> None:
     model = model_of(tied=tied, theta=theta)
-    hf_directory(model, WORDS, tmp_path)  # type: ignore[arg-type]
+    write_hf_directory(model, WORDS, tmp_path)  # type: ignore[arg-type]
     theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     assert theirs.dtype == torch.float32
-    assert sum(p.numel() for p in theirs.parameters()) == model.shape.parameters
+    assert sum(p.numel() for p in theirs.parameters()) == model.config.parameters
     tokens = torch.randint(0, WORDS.vocab_size, (3, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours, others = model(tokens), theirs.eval()(tokens).logits
@@ -54,14 +55,14 @@ def test_transformers_computes_the_same_logits(tmp_path: Path, tied: bool, theta
     assert ours.std() > 0.3  # logits of nothing would agree too
 
 
-def test_transformers_loses_what_we_lose(folder: Path) -> None:
+def test_transformers_computes_the_same_loss(folder: Path) -> None:
     tokens = torch.randint(0, WORDS.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
     theirs = AutoModelForCausalLM.from_pretrained(folder)(input_ids=tokens, labels=tokens).loss
     ours = model_of().loss(tokens[:, :-1], tokens[:, 1:]) / 64
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
 
 
-def test_transformers_writes_the_text_that_sampling_writes(folder: Path) -> None:
+def test_transformers_generates_the_text_that_sampling_generates(folder: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("</s>la mar", return_tensors="pt", add_special_tokens=False).input_ids
@@ -71,13 +72,13 @@ def test_transformers_writes_the_text_that_sampling_writes(folder: Path) -> None
     assert text.startswith("la mar") and len(text) > 6
 
 
-def test_special_tokens_are_the_tokenizers(folder: Path) -> None:
+def test_special_tokens_come_from_the_tokenizer(folder: Path) -> None:
     assert json.loads((folder / "config.json").read_text())["eos_token_id"] == 1
     generation = GenerationConfig.from_pretrained(folder)
     assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (0, 1, 2)
 
 
-def test_every_file_is_readable_by_all_and_none_is_left_over(folder: Path) -> None:
+def test_every_file_is_readable_by_all_and_no_temporary_file_remains(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
     assert not [name for name in names if name.startswith(".")]
@@ -85,7 +86,7 @@ def test_every_file_is_readable_by_all_and_none_is_left_over(folder: Path) -> No
     assert [oct((folder / name).stat().st_mode & 0o777) for name in ours] == ["0o644"] * 3
 
 
-def test_weights_are_plain_safetensors_by_llamas_names(folder: Path) -> None:
+def test_weights_are_plain_safetensors_with_llama_names(folder: Path) -> None:
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
         names = set(file.keys())
@@ -93,26 +94,25 @@ def test_weights_are_plain_safetensors_by_llamas_names(folder: Path) -> None:
     assert len(names) == 3 + 9 * 3
 
 
-def test_exporting_again_replaces_the_old_and_changes_no_byte(folder: Path) -> None:
+def test_a_second_export_gives_the_same_bytes(folder: Path) -> None:
     before = (folder / "model.safetensors").read_bytes()
-    hf_directory(model_of(), WORDS, folder)  # type: ignore[arg-type]
+    write_hf_directory(model_of(), WORDS, folder)  # type: ignore[arg-type]
     assert (folder / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_guides_final_model_is_taken_by_the_careful_loader(tmp_path: Path, tied: bool) -> None:
+def test_the_final_model_loads_with_weights_only(tmp_path: Path, tied: bool) -> None:
     model = model_of(tied=tied)
-    final_model(model, 1234, tmp_path / "final_model.pt")
+    write_final_model(model, 1234, tmp_path / "final_model.pt")
     state = torch.load(tmp_path / "final_model.pt", weights_only=True)
     assert set(state) == {"model_state_dict", "model_config", "step"} and state["step"] == 1234
-    config = json.loads((tmp_path / "model_config.json").read_text())
-    assert config == state["model_config"] == model_config(model.shape)
+    assert state["model_config"] == dataclasses.asdict(model.config)
     again, step = load_final_model(tmp_path / "final_model.pt")
     tokens = torch.arange(20)[None]
     assert step == 1234 and torch.equal(again(tokens), model(tokens))
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_only_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     path.write_bytes(b"old")
 
@@ -121,5 +121,5 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path)
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        write_whole(path, half)
+        publish(path, half)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

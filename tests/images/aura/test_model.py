@@ -1,4 +1,4 @@
-"""The model and its loss: what they compute, and that shortcuts change nothing."""
+"""The model and its loss compute the right values, and optimizations do not change them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aura.crossentropy import IGNORED, chunk_rows, summed_cross_entropy
-from aura.model import Aura, Checkpointing, RMSNorm, Shape, rotary, rotate
+from aura.model.cross_entropy import IGNORED, chunk_rows, summed_cross_entropy
+from aura.model.decoder import Aura, Checkpointing, ModelConfig, RMSNorm, rotary, rotate
 from estiba.errors import ConfigError
 
 TINY = {"vocab_size": 97, "embed_size": 32, "num_layers": 3, "num_heads": 4, "seq_length": 24}
 
 
 def tiny(seed: int = 1, **changes: object) -> Aura:
-    return Aura(Shape(**(TINY | changes)), seed=seed)  # type: ignore[arg-type]
+    return Aura(ModelConfig(**(TINY | changes)), seed=seed)  # type: ignore[arg-type]
 
 
 def batch(rows: int = 3, length: int = 24, vocab: int = 97) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,7 @@ def test_the_loss_of_a_batch_is_the_sum_of_its_parts() -> None:
     assert model(tokens, targets).item() == model.loss(tokens, targets).item()
 
 
-def test_targets_that_are_all_ignored_cost_nothing_and_teach_nothing() -> None:
+def test_targets_that_are_all_ignored_give_no_loss_and_no_gradient() -> None:
     model = tiny()
     tokens, targets = batch()
     loss = model.loss(tokens, torch.full_like(targets, IGNORED))
@@ -72,7 +72,7 @@ def test_targets_that_are_all_ignored_cost_nothing_and_teach_nothing() -> None:
     assert all(not grad.any() for grad in gradients(model, loss))
 
 
-def test_the_loss_is_the_same_whether_gradients_are_wanted_or_not() -> None:
+def test_the_loss_is_the_same_with_and_without_gradients() -> None:
     model = tiny()
     tokens, targets = batch()
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_the_loss_is_the_same_whether_gradients_are_wanted_or_not() -> None:
     assert not without.requires_grad
 
 
-def test_an_evaluation_multiplies_once_and_training_three_times() -> None:
+def test_evaluation_does_one_matrix_product_and_training_three() -> None:
     class Count(TorchDispatchMode):
         products = 0
 
@@ -98,7 +98,7 @@ def test_an_evaluation_multiplies_once_and_training_three_times() -> None:
     assert products == [2, 6]
 
 
-def test_a_large_logit_overflows_nothing() -> None:
+def test_large_logits_do_not_overflow() -> None:
     hidden = torch.tensor([[1e4, -1e4]], requires_grad=True)
     weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
     loss = summed_cross_entropy(hidden, weight, torch.tensor([1]))
@@ -107,12 +107,12 @@ def test_a_large_logit_overflows_nothing() -> None:
     assert torch.equal(hidden.grad, torch.tensor([[1.0, -1.0]]))
 
 
-def test_chunks_fit_the_cache_of_a_cpu_and_are_never_empty() -> None:
+def test_chunks_fit_a_cpu_cache_and_are_never_empty() -> None:
     assert chunk_rows(16_384, "cpu") * 16_384 * 4 <= 16 * 2**20
     assert chunk_rows(10**9, "cuda") == 16
 
 
-def test_a_new_model_knows_nothing() -> None:
+def test_a_new_model_has_the_loss_of_a_random_guess() -> None:
     tokens, targets = batch()
     assert tiny().loss(tokens, targets).item() / targets.numel() == pytest.approx(math.log(97), abs=0.4)
 
@@ -121,7 +121,7 @@ def test_a_new_model_knows_nothing() -> None:
 
 
 @pytest.mark.parametrize("how", ["full", "selective", 1, 2, 3, 7])
-def test_checkpointing_gives_the_same_bits_with_dropout_on(how: Checkpointing) -> None:
+def test_checkpointing_gives_the_same_bits_with_dropout(how: Checkpointing) -> None:
     model, again = tiny(dropout=0.2), tiny(dropout=0.2)
     again.checkpointing = how
     tokens, targets = batch()
@@ -160,10 +160,10 @@ def test_checkpointing_keeps_less(how: Checkpointing) -> None:
     assert kept["again"] < kept["plain"] / 2
 
 
-def test_evaluation_computes_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_recomputes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
     model.checkpointing = "full"
-    monkeypatch.setattr("aura.model.checkpoint", lambda *_, **__: pytest.fail("checkpointed in evaluation"))
+    monkeypatch.setattr("aura.model.decoder.checkpoint", lambda *_, **__: pytest.fail("checkpointed in evaluation"))
     tokens, targets = batch()
     model.eval().loss(tokens, targets)
     with torch.no_grad():
@@ -173,7 +173,7 @@ def test_evaluation_computes_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> N
 # --- model ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_seed_decides_the_first_parameters_and_the_global_random_state_is_left_alone() -> None:
+def test_initialization_depends_on_the_seed_and_not_on_the_global_random_state() -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = tiny(seed=3)
@@ -185,7 +185,7 @@ def test_a_seed_decides_the_first_parameters_and_the_global_random_state_is_left
     assert not any(torch.equal(ours[name], different[name]) for name in ours if ours[name].ndim == 2)
 
 
-def test_first_parameters_are_small_and_those_that_add_to_the_stream_smaller() -> None:
+def test_initial_weights_are_small_and_smaller_where_they_write_to_the_stream() -> None:
     model = tiny(embed_size=128, num_layers=8)
     layer = model.layers[0]
     assert layer.qkv.std().item() == pytest.approx(math.sqrt(2 / (5 * 128)), rel=0.05)
@@ -194,7 +194,7 @@ def test_first_parameters_are_small_and_those_that_add_to_the_stream_smaller() -
     assert torch.equal(layer.ff_norm.weight, torch.ones(128))
 
 
-def test_a_token_never_changes_what_came_before_it() -> None:
+def test_a_token_never_affects_earlier_positions() -> None:
     model = tiny().eval()
     tokens, _ = batch(1)
     changed = tokens.clone()
@@ -204,7 +204,7 @@ def test_a_token_never_changes_what_came_before_it() -> None:
     assert not torch.equal(one[:, 10:], other[:, 10:])
 
 
-def test_what_attention_sees_of_a_pair_is_how_far_apart_it_is() -> None:
+def test_attention_depends_on_relative_positions() -> None:
     cos, sin = rotary(64, 8, 10_000.0)
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(1, 1, 1, 8, generator=generator), torch.randn(1, 1, 1, 8, generator=generator)
@@ -217,7 +217,7 @@ def test_what_attention_sees_of_a_pair_is_how_far_apart_it_is() -> None:
     assert score(9, 4) != pytest.approx(score(9, 5), abs=1e-3)
 
 
-def test_a_norm_has_unit_mean_square_whatever_comes_in() -> None:
+def test_a_norm_has_unit_mean_square_for_any_input() -> None:
     x = torch.randn(4, 7, 64, generator=torch.Generator().manual_seed(0)) * 1000
     out = RMSNorm(64)(x)
     assert torch.allclose(out.pow(2).mean(-1), torch.ones(4, 7), atol=1e-4)
@@ -235,7 +235,7 @@ def test_dropout_works_in_training_only_and_follows_the_global_seed() -> None:
     assert model.loss(tokens, targets).item() == model.loss(tokens, targets).item()
 
 
-def test_under_autocast_layers_and_stream_are_bfloat16_and_loss_and_gradients_float32() -> None:
+def test_under_autocast_the_layers_are_bfloat16_and_loss_and_gradients_float32() -> None:
     model = tiny()
     tokens, targets = batch()
     seen = []
@@ -254,7 +254,7 @@ def test_under_autocast_layers_and_stream_are_bfloat16_and_loss_and_gradients_fl
         assert F.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.99
 
 
-def test_the_model_learns_a_line_by_heart() -> None:
+def test_the_model_memorises_a_line() -> None:
     model = tiny()
     tokens, targets = batch(1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -265,7 +265,7 @@ def test_the_model_learns_a_line_by_heart() -> None:
     assert torch.equal(model.eval()(tokens).argmax(-1), targets)
 
 
-def test_a_copied_model_has_parameters_of_its_own() -> None:
+def test_a_copied_model_has_its_own_parameters() -> None:
     model = tiny()
     other = copy.deepcopy(model)
     with torch.no_grad():
@@ -278,13 +278,13 @@ def test_a_copied_model_has_parameters_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"ff_size": 40}])
-def test_parameters_are_counted_as_they_are(changes: dict[str, object]) -> None:
+def test_the_parameter_count_is_exact(changes: dict[str, object]) -> None:
     model = tiny(**changes)
-    assert model.shape.parameters == sum(p.numel() for p in model.parameters())
+    assert model.config.parameters == sum(p.numel() for p in model.parameters())
 
 
-def test_a_shape_is_plain_numbers() -> None:
-    shape = Shape(**TINY)  # type: ignore[arg-type]
+def test_a_model_config_is_plain_numbers() -> None:
+    shape = ModelConfig(**TINY)  # type: ignore[arg-type]
     assert json.loads(json.dumps(vars(shape))) == vars(shape)
     assert shape.ff_size == 256
 
@@ -292,8 +292,8 @@ def test_a_shape_is_plain_numbers() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_heads": 5}, "embed_size 32 is not a multiple of num_heads 5.*can be 2 or 4 or 8"),
-        ({"num_heads": 32}, "heads of 1"),
+        ({"num_heads": 5}, "embed_size 32 over num_heads 5 gives heads of size 6.4.*can be 2 or 4 or 8"),
+        ({"num_heads": 32}, "heads of size 1"),
         ({"num_layers": 0}, "num_layers is 0"),
         ({"seq_length": -1}, "seq_length is -1"),
         ({"dropout": 1.0}, "dropout is 1.0"),
@@ -301,12 +301,12 @@ def test_a_shape_is_plain_numbers() -> None:
         ({"ff_size": 0}, "ff_size is 0"),
     ],
 )
-def test_an_impossible_shape_is_refused_with_what_can_be(changes: dict[str, object], message: str) -> None:
+def test_an_impossible_model_is_an_error_that_names_possible_values(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Shape(**(TINY | changes))  # type: ignore[arg-type]
+        ModelConfig(**(TINY | changes))  # type: ignore[arg-type]
 
 
-def test_a_sequence_that_is_too_long_is_refused() -> None:
+def test_a_sequence_that_is_too_long_is_an_error() -> None:
     with pytest.raises(ConfigError, match="25 tokens in a sequence; this model reads 24"):
         tiny()(torch.zeros(1, 25, dtype=torch.int64))
 

@@ -1,4 +1,4 @@
-"""What decays, what is fused, what has 8 bits."""
+"""Which parameters decay, when AdamW is fused, and which states have 8 bits."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 
-from aura.model import Aura, Shape
-from aura.optimizer import make_optimizer
+from aura.model.decoder import Aura, ModelConfig
+from aura.model.optimizer import make_optimizer
 from estiba.errors import ConfigError
 
-SHAPE = Shape(vocab_size=200, embed_size=64, num_layers=2, num_heads=2, seq_length=16)
+SHAPE = ModelConfig(vocab_size=200, embed_size=64, num_layers=2, num_heads=2, seq_length=16)
 
 
 def one_step(model: Aura, optimizer: torch.optim.Optimizer) -> None:
@@ -21,7 +21,7 @@ def one_step(model: Aura, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
 
 
-def test_matrices_decay_and_norms_do_not_and_none_is_forgotten() -> None:
+def test_matrices_decay_and_norms_do_not_and_every_parameter_is_optimized() -> None:
     model = Aura(SHAPE, seed=0)
     decaying, rest = make_optimizer(model, lr=1e-3, weight_decay=0.01).param_groups
     assert (decaying["weight_decay"], rest["weight_decay"]) == (0.01, 0.0)
@@ -29,7 +29,7 @@ def test_matrices_decay_and_norms_do_not_and_none_is_forgotten() -> None:
     assert len(decaying["params"]) + len(rest["params"]) == len(list(model.parameters()))
 
 
-def test_adamw_is_fused_and_gives_what_the_plain_one_gives() -> None:
+def test_fused_adamw_matches_plain_adamw() -> None:
     ours, plain = Aura(SHAPE, seed=0), Aura(SHAPE, seed=0)
     fused = make_optimizer(ours, lr=1e-3, weight_decay=0.1)
     assert fused.param_groups[0]["fused"] is True
@@ -44,7 +44,7 @@ def test_adamw_is_fused_and_gives_what_the_plain_one_gives() -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
-def test_eight_bits_are_for_all_but_embeddings_and_small_ones() -> None:
+def test_all_states_but_those_of_embeddings_and_small_parameters_have_eight_bits() -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     model = Aura(SHAPE, seed=0)
     optimizer = make_optimizer(model, "adamw8bit", lr=1e-3, weight_decay=0.01)
@@ -55,7 +55,7 @@ def test_eight_bits_are_for_all_but_embeddings_and_small_ones() -> None:
     assert kinds["norm.weight"] == torch.float32
 
 
-def test_eight_bits_learn_as_32_do() -> None:
+def test_eight_bits_learn_as_well_as_32() -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     losses = {}
     tokens = torch.randint(0, 200, (4, 17), generator=torch.Generator().manual_seed(0))
@@ -72,7 +72,7 @@ def test_eight_bits_learn_as_32_do() -> None:
     assert losses["adamw8bit"] == pytest.approx(losses["adamw"], rel=0.05)
 
 
-def test_without_bitsandbytes_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_bitsandbytes_the_error_names_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ConfigError, match=r"needs bitsandbytes.*pass --optimizer adamw"):
         make_optimizer(Aura(SHAPE, seed=0), "adamw8bit", lr=1e-3)
@@ -85,9 +85,9 @@ def test_without_bitsandbytes_the_message_says_what_to_do(monkeypatch: pytest.Mo
         ({"lr": float("nan")}, "learning rate nan"),
         ({"lr": 1e-3, "weight_decay": -1.0}, "weight decay -1.0"),
         ({"lr": 1e-3, "betas": (0.9, 1.0)}, "betas"),
-        ({"lr": 1e-3, "name": "sgd"}, "no optimizer 'sgd'; give adamw or adamw8bit"),
+        ({"lr": 1e-3, "name": "sgd"}, "unknown optimizer 'sgd'; give adamw or adamw8bit"),
     ],
 )
-def test_values_that_cannot_be_are_refused(values: dict, message: str) -> None:
+def test_invalid_values_are_errors(values: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_optimizer(Aura(SHAPE, seed=0), **values)

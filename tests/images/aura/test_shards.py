@@ -1,4 +1,4 @@
-"""Packed shards: the same bytes however they are made, made on after a kill, and again where a bit is not right."""
+"""Packed shards: the same bytes for any number of workers, resumed after a kill, packed again when damaged."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ import numpy as np
 import pytest
 from sailors import lines, paragraphs
 
-from aura import documents
-from aura.crew import pack_in_processes
-from aura.packing import Packer, Recipe, units_of
-from aura.shards import Shard, pack
-from aura.sources import find_sources
-from aura.tokenizer import Tokenizer, train_tokenizer
+from aura.data import documents
+from aura.data.packing import Packer, PackingConfig, ShardText, pack_in_workers, split_into_shards
+from aura.data.shards import Shard, pack
+from aura.data.sources import find_sources
+from aura.tokenizer.loading import Tokenizer
+from aura.tokenizer.training import train_tokenizer
 from estiba.errors import CheckpointError, DataError, EstibaError, Interrupted
-from estiba.stop import Stop
+from estiba.platform.stop import Stop
+from estiba.processes import Worker
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +34,14 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 @pytest.fixture(autouse=True)
-def small_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "STRETCH_BYTES", 60_000)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 60_000)
     monkeypatch.setattr(documents, "SAMPLE_BYTES", 10_000)
 
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    """Two long files, running and a document a line, JSON lines, and twenty short ones."""
+    """Two long files (running text, one document per line), JSON lines, and twenty short files."""
     folder = tmp_path / "text"
     folder.mkdir()
     (folder / "a.txt").write_text(paragraphs(400_000), "utf-8")
@@ -52,8 +53,8 @@ def text(tmp_path: Path) -> Path:
     return folder
 
 
-def recipe_for(tokenizer: Tokenizer, validation_split: float = 0.1) -> Recipe:
-    return Recipe(
+def packing_config(tokenizer: Tokenizer, validation_split: float = 0.1) -> PackingConfig:
+    return PackingConfig(
         backend_json=tokenizer.backend_json(),
         tokenizer_identity=tokenizer.identity,
         eos_id=tokenizer.eos_id,
@@ -69,7 +70,7 @@ def packed(text: Path, tmp_path: Path, tokenizer: Tokenizer) -> Callable[..., li
         folder: str = "shards", *, path: Path = text, workers: int = 1, stop: Stop | None = None, split: float = 0.1
     ) -> list[Shard]:
         return pack(
-            find_sources(str(path)), recipe=recipe_for(tokenizer, split), text_format="auto",
+            find_sources(str(path)), config=packing_config(tokenizer, split), text_format="auto",
             folder=tmp_path / folder, workers=workers, stop=stop or Stop(),
         )  # fmt: skip
 
@@ -84,23 +85,25 @@ def stream(shards: list[Shard], side: str = "train") -> list[int]:
     return [int(id_) for shard in shards for id_ in getattr(shard, side)]
 
 
-def test_the_ids_are_the_text_with_an_end_after_every_document(packed: Any, text: Path, tokenizer: Tokenizer) -> None:
+def test_the_ids_are_the_text_with_an_end_of_text_after_every_document(
+    packed: Any, text: Path, tokenizer: Tokenizer
+) -> None:
     rows = lines(1500, seed=2)
     shards = packed(path=text / "b.txt", split=0.0)
     expected = [id_ for ids in tokenizer.encode_batch(rows) for id_ in [*ids, tokenizer.eos_id]]
     assert stream(shards) == expected
-    assert sum(shard.counts.documents for shard in shards) == 1500
-    assert sum(shard.counts.words for shard in shards) == sum(len(row.split()) for row in rows)
+    assert sum(shard.stats.documents for shard in shards) == 1500
+    assert sum(shard.stats.words for shard in shards) == sum(len(row.split()) for row in rows)
 
 
-def test_running_text_goes_on_over_its_blocks(packed: Any, text: Path, tokenizer: Tokenizer) -> None:
+def test_running_text_continues_across_its_blocks(packed: Any, text: Path, tokenizer: Tokenizer) -> None:
     shards = packed(path=text / "a.txt", split=0.0)
     whole = stream(shards)
     assert tokenizer.decode([id_ for id_ in whole if id_ != tokenizer.eos_id]) == (text / "a.txt").read_text("utf-8")
-    assert whole.count(tokenizer.eos_id) == len(shards) > 5  # one where a stretch ends
+    assert whole.count(tokenizer.eos_id) == len(shards) > 5  # one where a chunk ends
 
 
-def test_both_sides_of_the_split_hold_every_document_once_and_each_ends(
+def test_each_document_is_on_one_side_of_the_split_and_has_an_end(
     packed: Any, text: Path, tokenizer: Tokenizer
 ) -> None:
     rows = lines(1500, seed=2)
@@ -111,7 +114,7 @@ def test_both_sides_of_the_split_hold_every_document_once_and_each_ends(
     assert not set(train) & set(held_out)  # the same text is never on both sides
 
 
-def test_held_out_blocks_of_running_text_are_ended_on_both_sides(packed: Any, text: Path, tokenizer: Tokenizer) -> None:
+def test_held_out_blocks_of_running_text_have_ends_on_both_sides(packed: Any, text: Path, tokenizer: Tokenizer) -> None:
     shards = packed(path=text / "a.txt", split=0.3)
     whole = (text / "a.txt").read_text("utf-8")
     runs = _documents(stream(shards), tokenizer) + _documents(stream(shards, "validation"), tokenizer)
@@ -131,14 +134,14 @@ def _documents(ids: list[int], tokenizer: Tokenizer) -> list[str]:
     return found
 
 
-def test_the_split_of_a_document_stays_when_files_are_added(packed: Any, text: Path, tokenizer: Tokenizer) -> None:
+def test_adding_files_does_not_move_documents_across_the_split(packed: Any, text: Path, tokenizer: Tokenizer) -> None:
     before = set(_documents(stream(packed("one", path=text / "b.txt"), "validation"), tokenizer))
     (text / "aa.txt").write_text("\n".join(lines(400, seed=8)), "utf-8")
     after = set(_documents(stream(packed("two"), "validation"), tokenizer))
     assert before <= after
 
 
-def test_the_bytes_are_the_same_whatever_the_number_of_processes(packed: Any, tmp_path: Path) -> None:
+def test_the_bytes_are_the_same_for_any_number_of_workers(packed: Any, tmp_path: Path) -> None:
     one = packed("one", workers=1)
     three = packed("three", workers=3)
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
@@ -146,44 +149,38 @@ def test_the_bytes_are_the_same_whatever_the_number_of_processes(packed: Any, tm
     assert [shard.digest for shard in one] == [shard.digest for shard in three]
 
 
-def test_a_vocabulary_beyond_65536_takes_four_bytes(text: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_vocabulary_above_65536_uses_four_bytes(text: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
     import dataclasses
 
-    wide = dataclasses.replace(recipe_for(tokenizer), vocab_size=65_537)
+    wide = dataclasses.replace(packing_config(tokenizer), vocab_size=65_537)
     sources = find_sources(str(text))
-    shards = pack(sources, recipe=wide, text_format="auto", folder=tmp_path / "wide", workers=1, stop=Stop())
+    shards = pack(sources, config=wide, text_format="auto", folder=tmp_path / "wide", workers=1, stop=Stop())
     narrow = pack(
-        sources, recipe=recipe_for(tokenizer), text_format="auto", folder=tmp_path / "n", workers=1, stop=Stop()
+        sources, config=packing_config(tokenizer), text_format="auto", folder=tmp_path / "n", workers=1, stop=Stop()
     )
     assert {shard.train.dtype for shard in shards} == {np.dtype("<u4")}
     assert {shard.train.dtype for shard in narrow} == {np.dtype("<u2")}
     assert stream(shards) == stream(narrow)
 
 
-def test_an_input_that_did_not_change_is_not_read_again(
-    packed: Any, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unchanged_input_is_not_read_again(packed: Any, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = packed()
 
     def never(*_: object) -> None:
         raise AssertionError("read")
 
-    monkeypatch.setattr("aura.packing.stretches", never)
+    monkeypatch.setattr("aura.data.packing.read_chunks", never)
     assert stream(packed()) == stream(first)
 
 
-def test_text_that_is_copied_elsewhere_needs_no_packing(
-    packed: Any, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_text_that_was_moved_is_not_packed_again(packed: Any, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = packed()
     text.rename(text.with_name("moved"))
     monkeypatch.setattr(Packer, "pack", lambda *_: pytest.fail("packed"))
     assert [shard.digest for shard in packed(path=text.with_name("moved"))] == [shard.digest for shard in first]
 
 
-def test_a_changed_file_is_packed_again_and_what_is_no_longer_needed_goes(
-    packed: Any, text: Path, tmp_path: Path
-) -> None:
+def test_only_changes_are_packed_again_and_unneeded_shards_are_deleted(packed: Any, text: Path, tmp_path: Path) -> None:
     packed()
     before = contents(tmp_path / "shards")
     with (text / "a.txt").open("a", encoding="utf-8") as file:
@@ -191,14 +188,14 @@ def test_a_changed_file_is_packed_again_and_what_is_no_longer_needed_goes(
     shards = packed()
     after = contents(tmp_path / "shards")
     assert 0 < len(before.keys() - after.keys()) <= 3
-    assert len(after) == len({shard.unit for shard in shards})
+    assert len(after) == len({shard.key for shard in shards})
     (recipe,) = (tmp_path / "shards").glob("text-*")
     packed(split=0.2)
     assert [path != recipe for path in (tmp_path / "shards").glob("text-*")] == [True]
 
 
 @pytest.mark.parametrize("damage", ["bit", "page", "short", "empty", "longer"])
-def test_damage_is_seen_when_opened_and_that_shard_alone_is_made_again(
+def test_a_damaged_shard_is_detected_and_packed_again(
     packed: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
     good = stream(packed())
@@ -215,13 +212,13 @@ def test_damage_is_seen_when_opened_and_that_shard_alone_is_made_again(
     victim.write_bytes(data)
     capsys.readouterr()
     assert stream(packed()) == good
-    assert f"{victim}: its bytes do not match its digest; set aside" in capsys.readouterr().err
+    assert f"{victim}: its bytes do not match its digest; quarantined" in capsys.readouterr().err
     assert contents(tmp_path / "shards") == before
     changed = {path for path, when in times.items() if path.stat().st_mtime_ns != when}
     assert changed == {victim}
 
 
-def test_a_damaged_or_missing_index_only_costs_reading(packed: Any, tmp_path: Path) -> None:
+def test_a_damaged_or_missing_index_only_costs_time(packed: Any, tmp_path: Path) -> None:
     good = stream(packed())
     (index,) = (tmp_path / "shards").rglob("index.*.json")
     index.write_bytes(index.read_bytes().replace(b'"units": ["', b'"units": ["0'))
@@ -230,8 +227,8 @@ def test_a_damaged_or_missing_index_only_costs_reading(packed: Any, tmp_path: Pa
     assert stream(packed()) == good
 
 
-def test_a_disk_that_never_keeps_bytes_ends_the_job(packed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aura.shards._opened", lambda *_: None)
+def test_a_disk_that_loses_bytes_ends_the_job(packed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aura.data.shards._open_verified", lambda *_: None)
     with pytest.raises(CheckpointError, match="check the disk"):
         packed()
 
@@ -243,10 +240,10 @@ def test_a_stop_leaves_whole_shards_that_the_next_run_uses(
     stop = Stop()
     original = Packer.pack
 
-    def third(self: Packer, unit: Any, *rest: Any) -> bytes | None:
+    def third(self: Packer, text: ShardText, *rest: Any) -> bytes | None:
         if len(contents(tmp_path / "shards")) == 2:
             stop.request("the test")
-        return original(self, unit, *rest)
+        return original(self, text, *rest)
 
     monkeypatch.setattr(Packer, "pack", third)
     with pytest.raises(Interrupted, match="stopped by the test: 2 shards of text are packed and kept"):
@@ -264,21 +261,21 @@ def _wait_for(folder: Path, count: int) -> None:
 KILLED = """
 import sys, threading, time, os
 from pathlib import Path
-from aura import documents
-from aura.data import prepare
-from aura.shards import Cabinet
-from aura.tokenizer import load_tokenizer
-from estiba.stop import Stop
+from aura.data import documents
+from aura.data.corpus import prepare
+from aura.data.shards import ShardStore
+from aura.tokenizer.loading import load_tokenizer
+from estiba.platform.stop import Stop
 
-put = Cabinet.put
+put = ShardStore.put
 
 def slowly(*shard):
     put(*shard)
     time.sleep(0.05)
 
 def main():
-    documents.STRETCH_BYTES, documents.SAMPLE_BYTES = 60_000, 10_000
-    Cabinet.put = slowly
+    documents.CHUNK_BYTES, documents.SAMPLE_BYTES = 60_000, 10_000
+    ShardStore.put = slowly
     prepare(sys.argv[1], tokenizer=load_tokenizer(sys.argv[2]), folder=Path(sys.argv[3]), seq_length=64,
             validation_split=0.1, text_format="auto", workers=int(sys.argv[4]), stop=Stop(), seed=1)
     print("done")
@@ -290,7 +287,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-def test_killed_while_packing_it_goes_on_and_ends_with_the_same_bytes(
+def test_packing_that_is_killed_resumes_and_ends_with_the_same_bytes(
     packed: Any, text: Path, tmp_path: Path, tokenizer: Tokenizer, workers: int
 ) -> None:
     packed("whole")
@@ -310,20 +307,20 @@ def test_killed_while_packing_it_goes_on_and_ends_with_the_same_bytes(
         kept = contents(tmp_path / "killed")
         assert shards <= len(kept) < len(whole)
         assert kept.items() <= whole.items()
-        assert not _children_of(str(tmp_path / "program.py"))
+        assert not _lingering(str(tmp_path / "program.py"), f"aura.data.packing:make_worker\0{process.pid}\0")
     ended = subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True, check=True)
     assert ended.stdout == "done\n"
     assert contents(tmp_path / "killed") == whole
     assert not list((tmp_path / "killed").rglob("*.estiba-tmp"))
 
 
-def _children_of(program: str) -> list[str]:
-    """Processes of the program that outlive it by more than a moment."""
+def _lingering(*commands: str) -> list[str]:
+    """Return the processes running one of the commands that remain for several seconds."""
     for _ in range(50):
         found = []
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             try:
-                if program.encode() in path.read_bytes():
+                if any(command.encode() in path.read_bytes() for command in commands):
                     found.append(path.parent.name)
             except OSError:
                 continue
@@ -333,23 +330,27 @@ def _children_of(program: str) -> list[str]:
     return found
 
 
-def test_a_mistake_in_a_worker_comes_out_with_file_and_line(packed: Any, text: Path) -> None:
+def test_an_error_in_a_worker_names_file_and_line(packed: Any, text: Path) -> None:
     with (text / "c.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"texto": "sin campo"}\n')
     with pytest.raises(DataError, match=r"c\.jsonl: line 801 has no field `text`"):
         packed(workers=2)
 
 
-def test_a_worker_that_is_killed_says_so(text: Path, tokenizer: Tokenizer) -> None:
-    units = ((unit.name, unit) for unit in units_of(find_sources(str(text)), "auto"))
-    running = pack_in_processes(units, recipe_for(tokenizer), 2, lambda: False)
+def test_a_killed_worker_is_an_error_with_a_remedy(
+    text: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Worker] = []
+    original = Worker.__init__
+    monkeypatch.setattr(
+        Worker, "__init__", lambda self, *args, **kw: started.append(self) or original(self, *args, **kw)
+    )
+    texts = split_into_shards(find_sources(str(text)), "auto")
+    running = pack_in_workers(texts, packing_config(tokenizer), 2, lambda: False)
     next(running)
-    import multiprocessing
-
-    for child in multiprocessing.active_children():
-        if child.name.startswith("aura-packer") and child.pid:
-            os.kill(child.pid, signal.SIGKILL)
-    with pytest.raises(EstibaError, match="was killed, likely out of memory"):
+    for worker in started:
+        os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(EstibaError, match=r"was killed, likely out of memory.*fewer --num_workers"):
         list(running)
 
 
@@ -360,9 +361,9 @@ def test_a_second_process_waits_for_the_first_and_then_packs_nothing(
     made: list[str] = []
     original = Packer.pack
 
-    def counted(self: Packer, unit: Any, *rest: Any) -> bytes | None:
-        made.append(unit.name)
-        return original(self, unit, *rest)
+    def counted(self: Packer, text: ShardText, *rest: Any) -> bytes | None:
+        made.append(text.key)
+        return original(self, text, *rest)
 
     monkeypatch.setattr(Packer, "pack", counted)
     threads = [threading.Thread(target=lambda: results.append(packed())) for _ in range(3)]
@@ -374,14 +375,14 @@ def test_a_second_process_waits_for_the_first_and_then_packs_nothing(
     assert len(made) == len(set(made))
 
 
-def test_more_shards_than_a_process_may_open_files(
+def test_there_may_be_more_shards_than_open_files(
     text: Path, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "STRETCH_BYTES", 12_000)
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 12_000)
     before = len(os.listdir("/proc/self/fd"))
     shards = pack(
-        find_sources(str(text)), recipe=recipe_for(tokenizer), text_format="auto", folder=tmp_path / "many", workers=1,
-        stop=Stop(),
+        find_sources(str(text)), config=packing_config(tokenizer), text_format="auto", folder=tmp_path / "many",
+        workers=1, stop=Stop(),
     )  # fmt: skip
     assert len(shards) > 50
     assert len(os.listdir("/proc/self/fd")) < before + 10

@@ -1,6 +1,6 @@
-"""A bucket in this process that misbehaves on request: errors, slow and short answers, expired keys, restarts.
+"""An S3 server in this process that misbehaves on request: errors, slow and short responses, expired keys, restarts.
 
-It speaks as much of S3 as the reader uses: listings, HEAD, ranged GET with If-Match, PUT with If-None-Match.
+It implements the part of S3 that the reader uses: listings, HEAD, ranged GET with If-Match, PUT with If-None-Match.
 """
 
 from __future__ import annotations
@@ -20,19 +20,27 @@ import pytest
 
 NAME = "brain"
 Fault = Callable[[int, str], "tuple[str, float] | None"]
-"""(number of the ranged GET, key) -> (what, seconds) or None: 'error', 'denied', 'slow', 'short', 'cut'."""
+"""(number of the ranged GET, key) -> None or (kind, seconds).
+
+Kinds: 'error', 'denied', 'slow', 'short', 'cut'; 'missing' and 'precondition' although the object is there; 'html' from
+a proxy; 'no etag'; 'late error', a slow 404; or an S3 error code, sent with 403.
+"""
 
 
 class Bucket:
-    """Objects by key, faults, and what was asked for."""
+    """Objects by key, the faults to inject, and the requests received."""
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
+        self.etags: dict[str, str] = {}
+        """ETags of objects whose ETag is not the digest of their content."""
         self.fault: Fault = lambda *_: None
         self.good_keys: set[str] | None = None
-        """Access keys that are answered; None answers all."""
+        """Access keys that are accepted; None accepts all."""
         self.is_read_only = False
         self.gets: list[tuple[str, str]] = []
+        self.payers: set[str | None] = set()
+        """Who pays for the ranged GETs."""
         self.sent_bytes = 0
         self.lock = threading.Lock()
         self.server: ThreadingHTTPServer | None = None
@@ -95,7 +103,7 @@ class _Server(ThreadingHTTPServer):
                 pass
 
     def handle_error(self, *_: object) -> None:
-        """A client that went away."""
+        """Ignore clients that disconnect."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -103,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: object) -> None:
-        """Nothing."""
+        """Log nothing."""
 
     def do_GET(self) -> None:
         parts = urlsplit(self.path)
@@ -131,11 +139,11 @@ class _Handler(BaseHTTPRequestHandler):
                 self._error(412, "PreconditionFailed")
                 return
             bucket.objects[key] = data
-        self._answer(200, b"", {"ETag": etag_of(data)})
+        self._respond(200, b"", {"ETag": etag_of(data)})
 
     def _is_denied(self) -> bool:
-        good = self.bucket.good_keys
-        if good is None or any(f"Credential={key}/" in self.headers.get("Authorization", "") for key in good):
+        keys = self.bucket.good_keys
+        if keys is None or any(f"Credential={key}/" in self.headers.get("Authorization", "") for key in keys):
             return False
         self._error(400, "ExpiredToken")
         return True
@@ -146,55 +154,68 @@ class _Handler(BaseHTTPRequestHandler):
         if data is None:
             self._error(404, "NoSuchKey")
             return
-        etag = etag_of(data)
+        etag = bucket.etags.get(key) or etag_of(data)
         if self.headers.get("If-Match") not in (None, etag):
             self._error(412, "PreconditionFailed")
             return
         headers = {"ETag": etag, "Last-Modified": "Wed, 21 Oct 2026 07:28:00 GMT"}
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if not body or asked is None:
-            self._answer(200, data, headers, body=body)
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if not body or match is None:
+            self._respond(200, data, headers, body=body)
             return
-        start, end = int(asked[1]), min(int(asked[2] or len(data) - 1) + 1, len(data))
+        start, end = int(match[1]), min(int(match[2] or len(data) - 1) + 1, len(data))
         fault = None
         if key.endswith(".hdf5"):
             with bucket.lock:
-                bucket.gets.append((key, asked[0]))
+                bucket.gets.append((key, match[0]))
+                bucket.payers.add(self.headers.get("x-amz-request-payer"))
                 number = len(bucket.gets)
             fault = bucket.fault(number, key)
         if fault and fault[0] == "error":
             self._error(503, "SlowDown")
             return
-        if fault and fault[0] == "denied":
-            self._error(403, "AccessDenied")
+        if fault and fault[0] in ("missing", "precondition"):
+            self._error(*((404, "NoSuchKey") if fault[0] == "missing" else (412, "PreconditionFailed")))
             return
-        if fault and fault[0] == "slow":
+        if fault and fault[0] == "html":
+            self._respond(200, b"<html>signed in elsewhere</html>", {"Content-Type": "text/html"})
+            return
+        if fault and (fault[0] == "denied" or fault[0][0].isupper()):
+            self._error(403, "AccessDenied" if fault[0] == "denied" else fault[0])
+            return
+        if fault and fault[0] in ("slow", "late error"):
             time.sleep(fault[1])
-        piece = data[start:end]
+        if fault and fault[0] == "late error":
+            self._error(404, "NoSuchKey")
+            return
+        part = data[start:end]
+        if fault and fault[0] == "no etag":
+            del headers["ETag"]
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
-        if fault and fault[0] == "short":  # an answer that is whole as HTTP goes, with too few bytes
-            piece = piece[: len(piece) // 2]
+        if fault and fault[0] == "short":  # a valid HTTP response with too few bytes
+            part = part[: len(part) // 2]
         if fault and fault[0] == "cut":
-            self._answer(206, piece, headers, send=len(piece) // 2)
+            self._respond(206, part, headers, send=len(part) // 2)
             self.close_connection = True
             return
-        bucket.sent_bytes += len(piece)
-        self._answer(206, piece, headers)
+        bucket.sent_bytes += len(part)
+        self._respond(206, part, headers)
 
     def _list(self, prefix: str) -> None:
         items = "".join(
-            f"<Contents><Key>{escape(key)}</Key><Size>{len(data)}</Size><ETag>{escape(etag_of(data))}</ETag>"
+            f"<Contents><Key>{escape(key)}</Key><Size>{len(data)}</Size>"
+            f"<ETag>{escape(self.bucket.etags.get(key) or etag_of(data))}</ETag>"
             "<LastModified>2026-10-21T07:28:00.000Z</LastModified></Contents>"
             for key, data in sorted(self.bucket.objects.items())
             if key.startswith(prefix)
         )
         text = f"<ListBucketResult><IsTruncated>false</IsTruncated>{items}</ListBucketResult>"
-        self._answer(200, text.encode(), {"Content-Type": "application/xml"})
+        self._respond(200, text.encode(), {"Content-Type": "application/xml"})
 
     def _error(self, status: int, code: str) -> None:
-        self._answer(status, f"<Error><Code>{code}</Code><Message>as asked</Message></Error>".encode(), {})
+        self._respond(status, f"<Error><Code>{code}</Code><Message>as requested</Message></Error>".encode(), {})
 
-    def _answer(
+    def _respond(
         self, status: int, data: bytes, headers: dict[str, str], *, body: bool = True, send: int | None = None
     ) -> None:
         self.send_response(status)

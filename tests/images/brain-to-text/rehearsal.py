@@ -1,4 +1,4 @@
-"""Small runs of the whole job on made-up recordings, and ways to stop them at a chosen place."""
+"""Run small jobs on synthetic recordings, and stop them at a chosen point."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 from brain_to_text.config import BrainConfig
-from brain_to_text.generator import make_dataset
-from brain_to_text.work import Decoding, Micro, train
-from estiba.contract import Job
+from brain_to_text.data.batches import MicroBatch
+from brain_to_text.synthetic.generator import make_dataset
+from brain_to_text.task import DecodingTask
+from brain_to_text.train import train
 from estiba.errors import Interrupted
-from estiba.loop.work import Sums
-from estiba.stop import Stop
+from estiba.platform.contract import Job
+from estiba.platform.stop import Stop
+from estiba.training.task import Sums
 
 SMALL: dict[str, Any] = {
     "n_input_features": 12,
@@ -40,11 +42,11 @@ SMALL: dict[str, Any] = {
     "cache_gb": 0.1,
     "log_individual_day_val_PER": False,
 }
-"""Everything that has a state: dropout, noise, masks, an average of weights, two courses of rates."""
+"""Covers everything that has state: dropout, noise, masks, averaged weights, two learning-rate schedules."""
 
 
 def recordings(folder: Path, **changes: Any) -> Path:
-    """Three sessions of a few short trials."""
+    """Generate three sessions of a few short trials."""
     settings = {"sessions": 3, "trials": 8, "held_out_trials": 3, "features": 12, "longest_words": 2, **changes}
     return Path(make_dataset(folder, **settings))
 
@@ -54,79 +56,79 @@ def job_at(root: Path) -> Job:
 
 
 def config_at(root: Path, data: Path | str, **changes: Any) -> BrainConfig:
-    places = {
+    paths = {
         "model_dir": str(root / "model"),
         "output_data_dir": str(root / "output"),
         "checkpoint_path": str(root / "checkpoints"),
         "dataset_dir": str(data),
     }
-    return BrainConfig(**{**SMALL, **places, **changes})
+    return BrainConfig(**{**SMALL, **paths, **changes})
 
 
 def run(root: Path, data: Path | str, stop: Stop | None = None, **changes: Any) -> None:
-    """The job in this process. Raises what it raises."""
+    """Run the job in this process. Raises what the job raises."""
     torch.set_num_threads(1)
     train(config_at(root, data, **changes), job_at(root), stop or Stop())
 
 
 @dataclasses.dataclass
-class Place:
-    """Where a run is to be stopped: in the `poll`-th micro-batch of the step after `step`, or in an evaluation."""
+class StopPoint:
+    """Where to stop a run: in micro-batch `poll` of the step after `step`, or in the evaluation after `step`."""
 
     step: int
     poll: int = 0
     in_evaluation: bool = False
 
 
-def stopped_at(place: Place, root: Path, data: Path, monkeypatch: Any, **changes: Any) -> Interrupted:
-    """Run until `place`. Returns the error it ended with."""
+def stopped_at(point: StopPoint, root: Path, data: Path, monkeypatch: Any, **changes: Any) -> Interrupted:
+    """Run until the stop point. Returns the error that ended the run."""
     stop = Stop()
-    evaluation, original_loss = Decoding.evaluation, Decoding.loss
-    seen = 0
+    original_evaluate, original_loss = DecodingTask.evaluate, DecodingTask.loss
+    n_micro_batches = 0
 
-    def loss(self: Decoding, model: torch.nn.Module, batch: Micro) -> torch.Tensor:
-        nonlocal seen
-        if not place.in_evaluation and _steps_done(self) == place.step:
-            if seen == place.poll:
+    def loss(self: DecodingTask, model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+        nonlocal n_micro_batches
+        if not point.in_evaluation and steps_done(self) == point.step:
+            if n_micro_batches == point.poll:
                 stop.request("the test")
-            seen += 1
+            n_micro_batches += 1
         return original_loss(self, model, batch)
 
-    def evaluated(self: Decoding, model: torch.nn.Module) -> Iterator[Sums]:
-        for index, sums in enumerate(evaluation(self, model)):
+    def evaluate(self: DecodingTask, model: torch.nn.Module) -> Iterator[Sums]:
+        for index, sums in enumerate(original_evaluate(self, model)):
             yield sums
-            if place.in_evaluation and _steps_done(self) == place.step and index == 0:
+            if point.in_evaluation and steps_done(self) == point.step and index == 0:
                 stop.request("the test")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Decoding, "loss", loss)
-        patch.setattr(Decoding, "evaluation", evaluated)
+        patch.setattr(DecodingTask, "loss", loss)
+        patch.setattr(DecodingTask, "evaluate", evaluate)
         try:
             run(root, data, stop, **changes)
         except Interrupted as error:
             return error
-    raise AssertionError("it ended before it was stopped")
+    raise AssertionError("the run ended before it was stopped")
 
 
-def _steps_done(self: Decoding) -> int:
-    """As the optimizer counts them, so in a resumed run too. The last group's parameters are in every step."""
+def steps_done(self: DecodingTask) -> int:
+    """Return the optimizer's step count, which continues in a resumed run. Every step updates the output layer."""
     state = self.optimizer.state.get(self.decoder.out.weight)
     return int(state["step"]) if state else 0
 
 
 def outcome(root: Path, ignore: Sequence[str] = ("output/metrics", "output/results.json")) -> dict[str, bytes]:
-    """Every file of model and output that is a function of the work alone."""
-    found = {}
+    """Return every output file whose content must not depend on interruptions."""
+    files = {}
     for folder in ("model", "output"):
         for path in sorted((root / folder).rglob("*")):
             name = path.relative_to(root).as_posix()
             if path.is_file() and not name.startswith(tuple(ignore)):
-                found[name] = path.read_bytes()
-    return found
+                files[name] = path.read_bytes()
+    return files
 
 
 def start(root: Path, data: Path, *arguments: str, **changes: Any) -> subprocess.Popen[str]:
-    """The job as a process."""
+    """Start the job in a new process."""
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in {**SMALL, **changes}.items()]
     return subprocess.Popen(
         [sys.executable, "-m", "brain_to_text", f"--dataset-dir={data}", *flags, *arguments],

@@ -1,4 +1,4 @@
-"""Trials are cut, padded, checked and split as a function of the step alone."""
+"""Trials are cut, padded, checked and split as a function of the step."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 import pytest
 import torch
 
-from brain_to_text.batches import Preparation
-from brain_to_text.model import Shape
-from brain_to_text.reading.collate import Batch
+from brain_to_text.data.batches import MicroBatcher
+from brain_to_text.data.collate import Batch
+from brain_to_text.model import DecoderShape
 from estiba.errors import DataError
 
-SHAPE = Shape(n_features=3, n_units=4, n_layers=1, n_days=5)
+SHAPE = DecoderShape(n_features=3, n_units=4, n_layers=1, n_days=5)
 PHONEMES = [[1, 2, 2], [3], [4, 5]]
 
 
 def batch(labels: list[list[int]] | None = None, bins: tuple[int, ...] = (90, 70, 80), **changes: Any) -> Batch:
     rows = labels or PHONEMES
     padded = torch.zeros(len(rows), max(len(row) for row in rows), dtype=torch.long)
-    for row, one in enumerate(rows):
-        padded[row, : len(one)] = torch.tensor(one)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = torch.tensor(row)
     features = torch.arange(max(bins), dtype=torch.float32)[None, :, None].repeat(len(bins), 1, 3)
     for row, length in enumerate(bins):
         features[row, length:] = 0.0
@@ -33,17 +33,17 @@ def batch(labels: list[list[int]] | None = None, bins: tuple[int, ...] = (90, 70
     return Batch(**{**values, **changes})
 
 
-def test_lengths_are_multiples_of_the_bucket_and_the_rest_is_zero() -> None:
-    (micro,) = Preparation(SHAPE, seed=1, bucket=64)(batch())
+def test_lengths_are_padded_with_zeros_to_a_multiple_of_the_bucket() -> None:
+    (micro,) = MicroBatcher(SHAPE, seed=1, length_bucket=64)(batch())
     assert micro.features.shape == (3, 128, 3)
     assert not micro.features[:, 90:].any()
     assert torch.equal(micro.features[0, :90, 0], torch.arange(90.0))
     assert micro.frames == ((90 - 14) // 4 + 1, (70 - 14) // 4 + 1, (80 - 14) // 4 + 1)
 
 
-def test_what_has_room_is_not_copied() -> None:
-    prepare = Preparation(SHAPE, seed=1, random_cut=3, bucket=64)
-    step = next(step for step in range(60) if prepare.cut_of(step) == 2)
+def test_a_batch_with_allocated_padding_is_not_copied() -> None:
+    prepare = MicroBatcher(SHAPE, seed=1, random_cut=3, length_bucket=64)
+    step = next(step for step in range(60) if prepare.cut_at(step) == 2)
     plain, roomy = batch(), batch()
     roomy = batch(features=torch.cat([roomy.features, torch.full((3, 40, 3), 7.0)], dim=1))
     for is_training in (True, False):
@@ -53,17 +53,17 @@ def test_what_has_room_is_not_copied() -> None:
         assert viewed.features.untyped_storage().data_ptr() == roomy.features.untyped_storage().data_ptr()
 
 
-def test_the_cut_is_a_function_of_seed_and_step_and_takes_every_value() -> None:
-    prepare = Preparation(SHAPE, seed=1, random_cut=3)
-    cuts = [prepare.cut_of(step) for step in range(60)]
-    assert cuts == [Preparation(SHAPE, seed=1, random_cut=3).cut_of(step) for step in range(60)]
+def test_the_cut_is_a_function_of_seed_and_step_with_every_possible_value() -> None:
+    prepare = MicroBatcher(SHAPE, seed=1, random_cut=3)
+    cuts = [prepare.cut_at(step) for step in range(60)]
+    assert cuts == [MicroBatcher(SHAPE, seed=1, random_cut=3).cut_at(step) for step in range(60)]
     assert set(cuts) == {0, 1, 2}
-    assert cuts != [Preparation(SHAPE, seed=2, random_cut=3).cut_of(step) for step in range(60)]
+    assert cuts != [MicroBatcher(SHAPE, seed=2, random_cut=3).cut_at(step) for step in range(60)]
 
 
-def test_a_cut_drops_the_beginning_in_training_alone() -> None:
-    prepare = Preparation(SHAPE, seed=1, random_cut=3, bucket=1)
-    step = next(step for step in range(60) if prepare.cut_of(step) == 2)
+def test_the_start_is_cut_off_only_in_training() -> None:
+    prepare = MicroBatcher(SHAPE, seed=1, random_cut=3, length_bucket=1)
+    step = next(step for step in range(60) if prepare.cut_at(step) == 2)
     (micro,) = prepare(batch(), step=step, is_training=True)
     assert micro.features.shape == (3, 88, 3)
     assert micro.features[0, 0, 0] == 2.0
@@ -72,49 +72,44 @@ def test_a_cut_drops_the_beginning_in_training_alone() -> None:
     assert whole.n_bins.tolist() == [90, 70, 80]
 
 
-def test_parts_hold_every_trial_once_with_their_own_days_and_labels() -> None:
-    micros = Preparation(SHAPE, seed=1, day_of=lambda day: day + 1)(batch(), parts=2)
+def test_micro_batches_contain_every_trial_once_with_their_own_days_and_labels() -> None:
+    micros = MicroBatcher(SHAPE, seed=1, layer_of_day=lambda day: day + 1)(batch(), parts=2)
     assert [micro.days for micro in micros] == [(1, 3), (3,)]
     assert [micro.day_index.tolist() for micro in micros] == [[1, 0], [0]]
     assert [micro.label_lengths for micro in micros] == [(3, 1), (2,)]
     assert micros[1].labels.tolist() == [[4, 5]]
-    assert torch.equal(torch.cat([micro.features for micro in micros]), Preparation(SHAPE, seed=1)(batch())[0].features)
+    assert torch.equal(
+        torch.cat([micro.features for micro in micros]), MicroBatcher(SHAPE, seed=1)(batch())[0].features
+    )
 
 
-def test_more_parts_than_trials_are_as_many_as_trials() -> None:
-    assert len(Preparation(SHAPE, seed=1)(batch(), parts=9)) == 3
+def test_there_are_never_more_micro_batches_than_trials() -> None:
+    assert len(MicroBatcher(SHAPE, seed=1)(batch(), parts=9)) == 3
 
 
-def test_a_trial_too_short_for_its_labels_is_named_with_what_it_needs() -> None:
-    short = batch(bins=(21, 70, 80))  # 2 outputs, and labels 1 2 2 need 4
-    with pytest.raises(DataError, match=r"t15/trial_0000: 21 bins are 2 outputs .* its 3 labels need 4; lower"):
-        Preparation(SHAPE, seed=1)(short, is_training=True)
-    prepare = Preparation(SHAPE, seed=1, skips_bad=True)
-    prepare(short, is_training=True)
-    prepare(short, is_training=True)
-    assert prepare.too_short == ["t15/trial_0000"]
-    assert Preparation(SHAPE, seed=1)(short)[0].frames[0] == 2  # in an evaluation it is judged like any other
+def test_an_evaluation_includes_a_trial_that_is_too_short_for_its_labels() -> None:
+    assert MicroBatcher(SHAPE, seed=1)(batch(bins=(21, 70, 80)))[0].frames[0] == 2
 
 
-def test_diphones_without_phonemes_beside_them_spell_them() -> None:
-    shape = Shape(n_features=3, n_units=4, n_layers=1, n_classes=1681, n_days=5)
+def test_phonemes_are_derived_from_diphones_if_the_data_has_none() -> None:
+    shape = DecoderShape(n_features=3, n_units=4, n_layers=1, n_classes=1681, n_days=5)
     diphones = [[1, 42, 43, 84, 82], [3, 126, 123], [5, 210, 205]]
-    (micro,) = Preparation(shape, seed=1)(batch(diphones))
+    (micro,) = MicroBatcher(shape, seed=1)(batch(diphones))
     assert micro.phonemes is not None
     assert micro.phonemes.tolist() == [[1, 2], [3, 0], [5, 0]]
     assert micro.phoneme_lengths == (2, 1, 1)
-    given = batch(diphones, phoneme_labels=torch.tensor([[7], [8], [9]]), phoneme_lengths=torch.tensor([1, 1, 1]))
-    (micro,) = Preparation(shape, seed=1)(given)
+    labelled = batch(diphones, phoneme_labels=torch.tensor([[7], [8], [9]]), phoneme_lengths=torch.tensor([1, 1, 1]))
+    (micro,) = MicroBatcher(shape, seed=1)(labelled)
     assert micro.phonemes is not None and micro.phonemes.tolist() == [[7], [8], [9]]
 
 
-def test_phonemes_where_diphones_should_be_are_refused() -> None:
-    shape = Shape(n_features=3, n_units=4, n_layers=1, n_classes=1681, n_days=5)
+def test_phoneme_labels_for_a_diphone_model_are_refused() -> None:
+    shape = DecoderShape(n_features=3, n_units=4, n_layers=1, n_classes=1681, n_days=5)
     with pytest.raises(DataError, match=r"t15/trial_0000: its labels are phonemes"):
-        Preparation(shape, seed=1)(batch())
+        MicroBatcher(shape, seed=1)(batch())
 
 
 def test_a_trial_without_labels_is_prepared_for_prediction() -> None:
-    nothing = batch(labels=[[0], [0], [0]], label_lengths=torch.tensor([0, 0, 0]))
-    (micro,) = Preparation(SHAPE, seed=1)(nothing)
+    unlabelled = batch(labels=[[0], [0], [0]], label_lengths=torch.tensor([0, 0, 0]))
+    (micro,) = MicroBatcher(SHAPE, seed=1)(unlabelled)
     assert micro.label_lengths == (0, 0, 0)

@@ -1,19 +1,20 @@
-"""Upstream's files, the guide's flags, and what is refused."""
+"""Upstream's files and the guide's flags are accepted; mistakes are refused."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
 import yaml
+from bucket import bucket_for
 
-from brain_to_text.arguments import PRESETS, nested, read
-from brain_to_text.choices import check
 from brain_to_text.commands import COMMANDS
-from brain_to_text.config import FREE, BrainConfig
+from brain_to_text.config import MAY_CHANGE, BrainConfig
+from brain_to_text.yaml_config import PRESETS, read, to_sections
 from estiba.config import load
-from estiba.contract import checkpoint_dir
-from estiba.errors import ConfigError
+from estiba.errors import ConfigError, StoreError
+from estiba.platform.contract import checkpoint_dir
 
 UPSTREAM: dict = {
     "model": {
@@ -44,10 +45,10 @@ UPSTREAM: dict = {
         "sessions": ["t15.2023.08.11", "t15.2023.08.13"], "dataset_probability_val": [0, 1],
     },
 }  # fmt: skip
-"""Every name that upstream's rnn_args.yaml has, with its values; of the sessions, two."""
+"""Every name in upstream's rnn_args.yaml, with its value, but only two of the sessions."""
 
 
-def given(*argv: str, **hyperparameters: str) -> BrainConfig:
+def config_from(*argv: str, **hyperparameters: str) -> BrainConfig:
     return load(BrainConfig, argv=argv, environ={}, hyperparameters=hyperparameters)
 
 
@@ -57,91 +58,96 @@ def file(tmp_path: Path, content: dict) -> str:
     return str(path)
 
 
-def test_upstreams_file_is_taken_as_it_is(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    config = given("--config-file", file(tmp_path, UPSTREAM))
+def test_upstreams_file_is_accepted_unchanged(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = config_from("--config-file", file(tmp_path, UPSTREAM))
     assert config.sessions == ["t15.2023.08.11", "t15.2023.08.13"]
     assert (config.seed, config.dataset_seed) == (10, 1)
     assert config.gpu_number is None
     assert config.init_checkpoint_path is None
-    check(config)
-    said = capfd.readouterr().err
-    assert said.count("\n") == 1, said
-    assert "has no effect here" in said and "dataset.max_seq_elements" in said and "output_dir" in said
+    config.preflight()
+    printed = capfd.readouterr().err
+    assert printed.count("\n") == 2, printed
+    assert "no effect here" in printed and "dataset.max_seq_elements" in printed and "output_dir" in printed
 
 
 def test_the_defaults_are_upstreams_values(tmp_path: Path) -> None:
-    here, upstream = BrainConfig(), given("--config-file", file(tmp_path, UPSTREAM))
+    here, upstream = BrainConfig(), config_from("--config-file", file(tmp_path, UPSTREAM))
     derived = {"config_file", "sessions", "dataset_probability_val", "lr_decay_steps", "lr_max_day", "lr_min_day",
                "lr_decay_steps_day", "lr_warmup_steps_day"}  # fmt: skip
     for name in set(BrainConfig.model_fields) - derived:
         assert getattr(here, name) == getattr(upstream, name), name
 
 
-def test_the_guides_hyperparameters_stand_over_the_file(tmp_path: Path) -> None:
-    config = given(
+def test_the_guides_hyperparameters_override_the_file(tmp_path: Path) -> None:
+    config = config_from(
         **{"s3-bucket": "bucket", "s3-data-prefix": "data/hdf5_data_diphone_encoded/", "gpu-number": "0",
            "config-file": "rnn_args_diphone_sagemaker.yaml", "num-training-batches": "150000", "batch-size": "48"}
     )  # fmt: skip
     assert config.data_location == "s3://bucket/data/hdf5_data_diphone_encoded"
     assert (config.n_classes, config.n_units, config.batch_size, config.epsilon) == (1681, 1024, 48, 1e-8)
-    assert given("--config-file", "rnn_args_diphone_sagemaker.yaml", "--n-units", "64").n_units == 64
+    assert config_from("--config-file", "rnn_args_diphone_sagemaker.yaml", "--n-units", "64").n_units == 64
 
 
 @pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_file_that_comes_with_the_image_has_no_idle_line(path: Path) -> None:
+def test_every_setting_in_the_files_of_the_image_has_an_effect(path: Path) -> None:
     _, unused = read(path, BrainConfig)
     assert unused == []
-    check(given("--config-file", path.name))
+    config_from("--config-file", path.name).preflight()
 
 
-def test_the_composite_loss_of_the_guide_is_taken(tmp_path: Path) -> None:
+def test_the_guides_composite_loss_is_accepted(tmp_path: Path) -> None:
     content = {"use_composite_loss": True, "use_alpha_schedule": True, "alpha_schedule_end": 0.6,
                "dataset": {"n_classes": 1681}}  # fmt: skip
-    config = given("--config-file", file(tmp_path, content))
+    config = config_from("--config-file", file(tmp_path, content))
     assert config.use_composite_loss and config.use_alpha_schedule
-    check(config)
+    config.preflight()
 
 
-def test_what_nobody_knows_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nobody knows model\.n_unitz \(did you mean n_units\?\)"):
-        given("--config-file", file(tmp_path, {"model": {"n_unitz": 4}}))
+def test_an_unknown_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"unknown model\.n_unitz \(did you mean n_units\?\)"):
+        config_from("--config-file", file(tmp_path, {"model": {"n_unitz": 4}}))
 
 
-def test_a_wrong_value_is_refused_with_the_files_name(tmp_path: Path) -> None:
+def test_a_wrong_value_is_refused_with_the_name_of_the_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"rnn_args\.yaml: n_classes is 40.*\n.*lr_max is 'fast'"):
-        given("--config-file", file(tmp_path, {"lr_max": "fast", "dataset": {"n_classes": 40}}))
+        config_from("--config-file", file(tmp_path, {"lr_max": "fast", "dataset": {"n_classes": 40}}))
 
 
-def test_a_wrong_value_that_a_flag_replaces_does_no_harm(tmp_path: Path) -> None:
-    assert given("--config-file", file(tmp_path, {"lr_max": "fast"}), "--lr-max", "0.1").lr_max == 0.1
+def test_a_wrong_value_that_a_flag_overrides_does_no_harm(tmp_path: Path) -> None:
+    assert config_from("--config-file", file(tmp_path, {"lr_max": "fast"}), "--lr-max", "0.1").lr_max == 0.1
 
 
-@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n"])
-def test_a_file_that_is_no_yaml_of_names_is_refused(text: str, tmp_path: Path) -> None:
+MERGE_BOMB = "a0: &a0 {k: v}\n" + "".join(
+    f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 40)
+)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", MERGE_BOMB, "a: " + "[" * 500_000])
+def test_a_file_that_is_not_a_yaml_mapping_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"a\.yaml"):
-        given("--config-file", str(path))
+        config_from("--config-file", str(path))
 
 
-def test_a_missing_file_names_those_that_come_here() -> None:
-    with pytest.raises(ConfigError, match=r"nothing\.yaml: there is no such file.*rnn_args\.yaml"):
-        given("--config-file", "nothing.yaml")
+def test_the_error_for_a_missing_file_names_those_of_the_image() -> None:
+    with pytest.raises(ConfigError, match=r"nothing\.yaml: no such file.*rnn_args\.yaml"):
+        config_from("--config-file", "nothing.yaml")
 
 
-def test_the_file_lies_in_the_channel_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_found_in_the_channel_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "input/data/config"
     folder.mkdir(parents=True)
     (folder / "own.yaml").write_text("model: {n_units: 77}\n")
     monkeypatch.setenv("ESTIBA_ROOT", str(tmp_path))
-    assert given("--config-file", "own.yaml").n_units == 77
+    assert config_from("--config-file", "own.yaml").n_units == 77
 
 
 def test_evaluation_and_another_architecture_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"brain-to-text evaluate"):
-        given("--config-file", file(tmp_path, {"mode": "eval"}))
+        config_from("--config-file", file(tmp_path, {"mode": "eval"}))
     with pytest.raises(ConfigError, match=r"another decoder"):
-        given("--config-file", file(tmp_path, {"model": {"use_neural_decoder_model": True}}))
+        config_from("--config-file", file(tmp_path, {"model": {"use_neural_decoder_model": True}}))
 
 
 @pytest.mark.parametrize(
@@ -151,56 +157,57 @@ def test_evaluation_and_another_architecture_are_refused(tmp_path: Path) -> None
         ({"s3_data_prefix": "b"}, "needs --s3-bucket"),
         ({"use_composite_loss": True}, "needs --n-classes 1681"),
         ({"dataset_probability_val": [1]}, "dataset_probability_val has 1 values"),
-        ({"sessions": ["a", "a"]}, "sessions a are listed twice"),
-        ({"feature_subset": [0, 512]}, r"feature_subset: \[512\]"),
+        ({"sessions": ["a", "a"]}, "sessions a are listed more than once"),
+        ({"feature_subset": [0, -1]}, r"feature_subset: \[-1\]"),
+        ({"feature_subset": []}, "feature_subset: an empty list"),
         ({"init_from_checkpoint": True}, "needs --init-checkpoint-path"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(changes: dict, message: str) -> None:
+def test_settings_that_do_not_fit_together_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check(BrainConfig(**changes))
+        BrainConfig(**changes).preflight()
 
 
-def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def show_config(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     COMMANDS["show-config"](list(arguments))
     return capsys.readouterr().out
 
 
-def test_show_config_honours_and_refuses_what_training_does(
+def test_show_config_accepts_and_refuses_what_training_does(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("ESTIBA_ROOT", str(tmp_path))
     (tmp_path / "input/config").mkdir(parents=True)
     (tmp_path / "input/config/hyperparameters.json").write_text('{"n-units": "33", "batch-size": "6"}')
     monkeypatch.setenv("ESTIBA_BATCH_SIZE", "7")
-    values = yaml.safe_load(shown(capsys))
+    values = yaml.safe_load(show_config(capsys))
     assert (values["dataset"]["batch_size"], values["model"]["n_units"]) == (7, 33)
     monkeypatch.setenv("ESTIBA_BATCH_SIZE", "seven")
     monkeypatch.setenv("ESTIBA_BATCH_SZE", "7")
     with pytest.raises(ConfigError, match=r"'ESTIBA_BATCH_SZE'; did you mean ESTIBA_BATCH_SIZE\?\n.*'seven'"):
-        shown(capsys)
+        show_config(capsys)
 
 
-def test_show_config_prints_every_setting_and_config_file_takes_it(
+def test_show_config_prints_every_setting_in_a_form_that_config_file_accepts(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("ESTIBA_ROOT", str(tmp_path))
     flags = ["--reader", "h5py", "--on-bad-trial", "skip", "--save-every-s", "5", "--dataset-dir", "/d", "--seed", "3"]
-    text = shown(capsys, *flags)
+    text = show_config(capsys, *flags)
     for name in set(BrainConfig.model_fields) - {"config_file", "dataset_seed"}:
         assert f"{name}: " in text or f"{name}:\n" in text, name
     assert f"# checkpoint_path: {checkpoint_dir()}\n" in text and f"# model_dir: {tmp_path}/model\n" in text
     path = tmp_path / "own.yaml"
     path.write_text(text)
-    assert given("--config-file", str(path)).model_copy(update={"config_file": None}) == given(*flags)
-    assert shown(capsys, "--config-file", str(path)) == text
+    assert config_from("--config-file", str(path)).model_copy(update={"config_file": None}) == config_from(*flags)
+    assert show_config(capsys, "--config-file", str(path)) == text
 
 
-def test_help_names_the_other_commands_and_every_file_that_comes_along(
+def test_help_names_the_other_commands_and_every_file_of_the_image(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit):
-        given("--help")
+        config_from("--help")
     text = " ".join(capsys.readouterr().out.split())
     for name in COMMANDS:
         assert f"brain-to-text {name}" in text
@@ -209,11 +216,28 @@ def test_help_names_the_other_commands_and_every_file_that_comes_along(
     assert "ESTIBA_CONFIG_FILE" in text
 
 
-def test_what_is_written_beside_weights_reads_back_the_same(tmp_path: Path) -> None:
+def test_settings_written_with_weights_are_read_back_unchanged(tmp_path: Path) -> None:
     config = BrainConfig(n_units=12, time_masks=4, ema_decay=0.9, feature_subset=[1, 2], dataset_seed=7, lr_max_day=0.1)
-    values, unused = read(Path(file(tmp_path, nested(config, ["a", "b"]))), BrainConfig)
+    values, unused = read(Path(file(tmp_path, to_sections(config.training_settings(), ["a", "b"]))), BrainConfig)
     again = BrainConfig.model_validate(values)
     assert unused == ["mode"]
     assert again.sessions == ["a", "b"]
-    for name in set(BrainConfig.model_fields) - FREE:
+    for name in set(BrainConfig.model_fields) - MAY_CHANGE:
         assert getattr(again, name) == getattr(config, name), name
+
+
+def test_a_file_on_s3_is_read_and_the_log_names_it_with_its_digest(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = b"model:\n  n_units: 77\n"
+    digest = hashlib.sha256(content).hexdigest()
+    with bucket_for(monkeypatch) as bucket:
+        bucket.objects["settings/rnn_args.yaml"] = content
+        assert config_from("--config-file", "s3://brain/settings/rnn_args.yaml").n_units == 77
+        assert f"s3://brain/settings/rnn_args.yaml, SHA-256 {digest}" in capsys.readouterr().err
+        with pytest.raises(StoreError, match=r"s3://brain/settings/rnn_argz.yaml"):
+            config_from("--config-file", "s3://brain/settings/rnn_argz.yaml")
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    assert config_from("--config-file", str(path)).n_units == 77
+    assert f"{path}, SHA-256 {digest}" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Made-up data has the study's form, is the same every time, and is as hard as it should be."""
+"""Synthetic data has the study's format, is reproducible, and is as hard to decode as it should be."""
 
 from __future__ import annotations
 
@@ -14,20 +14,27 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from files import open_trials
+from hdf5_files import open_trials
 
-from brain_to_text.destination import SPLITS, session_names
-from brain_to_text.generator import LAYOUTS, GenerateConfig, Recipe, brains, command, make_dataset
-from brain_to_text.indexing.schema import PHONEMES, SILENCE, diphones_of
-from brain_to_text.sentences import Spoken, read_sentences
+from brain_to_text.commands import COMMANDS
+from brain_to_text.data.schema import PHONEMES, SILENCE, to_diphones
+from brain_to_text.synthetic.destination import SPLITS, session_names
+from brain_to_text.synthetic.generator import LAYOUTS, GenerateConfig, Recipe, daily_tunings, make_dataset
+from brain_to_text.synthetic.sentences import Sentence, read_sentences
 from estiba.errors import ConfigError
+from estiba.platform.workload import run_command
 
 SMALL: dict[str, Any] = {"sessions": 2, "trials": 6, "features": 10, "longest_words": 3}
 
 
+def generate(*flags: str) -> int:
+    """Run the command. Returns its exit status."""
+    return run_command(COMMANDS, ["generate", *flags], prog="brain-to-text")
+
+
 def digests(folder: Path) -> dict[str, str]:
-    """Of values, since HDF5 notes times."""
-    found = {}
+    """Return digests of the values, because HDF5 files also contain times."""
+    digests = {}
     for path in sorted(folder.rglob("*.hdf5")):
         digest = hashlib.sha256()
         with h5py.File(path) as file:
@@ -35,15 +42,15 @@ def digests(folder: Path) -> dict[str, str]:
                 digest.update(name.encode() + repr(sorted((k, str(v)) for k, v in group.attrs.items())).encode())
                 for dataset in group.values():
                     digest.update(dataset[()].tobytes())
-        found[path.relative_to(folder).as_posix()] = digest.hexdigest()
-    return found
+        digests[path.relative_to(folder).as_posix()] = digest.hexdigest()
+    return digests
 
 
 def files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_files_have_the_form_of_the_study(tmp_path: Path) -> None:
+def test_files_have_the_format_of_the_study(tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "data", **SMALL)
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*.hdf5")}
     assert names == {f"{day}/data_{split}.hdf5" for day in session_names(2) for split in ("train", "val", "test")}
@@ -56,8 +63,8 @@ def test_files_have_the_form_of_the_study(tmp_path: Path) -> None:
             assert group["seq_class_ids"].dtype == np.int32 and group["seq_class_ids"].shape == (500,)
             labels, length = group["seq_class_ids"][()], group.attrs["seq_len"]
             assert (labels[:length] > 0).all() and not labels[length:].any() and labels.max() <= SILENCE
-            said = "".join(map(chr, np.trim_zeros(group["transcription"][()], "b")))
-            assert said == group.attrs["sentence_label"]
+            printed = "".join(map(chr, np.trim_zeros(group["transcription"][()], "b")))
+            assert printed == group.attrs["sentence_label"]
             assert {"block_num", "trial_num", "session"} <= set(group.attrs)
     with h5py.File(folder / session_names(2)[0] / "data_test.hdf5") as file:
         assert sorted(file["trial_0000"]) == ["input_features"]
@@ -71,26 +78,26 @@ def test_the_same_recipe_gives_the_same_values_and_another_seed_others(tmp_path:
     assert all(other[name] != digest for name, digest in first.items())
 
 
-def test_a_folder_that_is_there_is_kept_and_a_strangers_refused(tmp_path: Path) -> None:
+def test_a_generated_folder_is_kept_and_another_persons_is_refused(tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "a", **SMALL)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.hdf5")}
     make_dataset(folder, **SMALL)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.hdf5")} == before
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(ConfigError, match="holds other files"):
-        make_dataset(tmp_path / "mine", **SMALL)
-    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["thesis.tex"]
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match="contains other files"):
+        make_dataset(tmp_path / "own", **SMALL)
+    assert sorted(path.name for path in (tmp_path / "own").iterdir()) == ["thesis.tex"]
 
 
-def test_data_of_another_recipe_is_replaced_on_request_alone_and_other_files_never(tmp_path: Path) -> None:
+def test_data_of_another_recipe_is_replaced_only_on_request_and_other_files_never(tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "a", **SMALL, labels="diphone")
     first, last = session_names(2)
     (folder / last / "notes.txt").write_text("x")
     before = digests(folder)
-    with pytest.raises(ConfigError, match=r"sessions 2 there, 1 asked for, labels diphone there, phoneme asked for"):
+    with pytest.raises(ConfigError, match=r"sessions is 2, 1 requested, labels is diphone, phoneme requested"):
         make_dataset(folder, **{**SMALL, "sessions": 1})
-    with pytest.raises(ConfigError, match=rf"other files \({last}/notes.txt\); name another .*--out.*--overwrite"):
+    with pytest.raises(ConfigError, match=rf"other files \({last}/notes.txt\); give another .*--out.*--overwrite"):
         make_dataset(folder, **{**SMALL, "sessions": 1})
     assert digests(folder) == before
     make_dataset(folder, **{**SMALL, "sessions": 1}, overwrite=True)
@@ -99,7 +106,7 @@ def test_data_of_another_recipe_is_replaced_on_request_alone_and_other_files_nev
 
 
 @pytest.mark.parametrize("name", [f"{session_names(1)[0]}/data_train.hdf5", "t15.2024.01.01/data_val.hdf5"])
-def test_recordings_that_were_not_generated_are_never_replaced_or_joined(tmp_path: Path, name: str) -> None:
+def test_recordings_that_were_not_generated_are_never_replaced_or_added_to(tmp_path: Path, name: str) -> None:
     real = tmp_path / name
     real.parent.mkdir()
     real.write_bytes(b"of the study")
@@ -108,8 +115,8 @@ def test_recordings_that_were_not_generated_are_never_replaced_or_joined(tmp_pat
     assert files(tmp_path) == {name} and real.read_bytes() == b"of the study"
 
 
-def test_an_existing_empty_folder_is_filled_and_stays_the_same_one(tmp_path: Path) -> None:
-    """As a mount point must."""
+def test_an_existing_empty_folder_is_filled_and_not_replaced(tmp_path: Path) -> None:
+    """It may be a mount point."""
     inode = tmp_path.stat().st_ino
     make_dataset(tmp_path, **SMALL)
     assert tmp_path.stat().st_ino == inode
@@ -117,7 +124,7 @@ def test_an_existing_empty_folder_is_filled_and_stays_the_same_one(tmp_path: Pat
 
 
 @pytest.mark.parametrize("moves", [0, 1, 4])
-def test_what_a_killed_run_left_is_not_taken_for_whole_and_made_anew(
+def test_the_leftovers_of_a_killed_run_do_not_count_as_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
 ) -> None:
     folder, replace = make_dataset(tmp_path / "a", **SMALL, labels="diphone"), Path.replace
@@ -139,18 +146,21 @@ def test_what_a_killed_run_left_is_not_taken_for_whole_and_made_anew(
     assert files(folder) == {"generated.json", *(f"{session_names(1)[0]}/data_{split}.hdf5" for split in SPLITS)}
 
 
-def test_a_set_that_lost_a_file_is_made_anew(tmp_path: Path) -> None:
+def test_a_data_set_with_a_missing_file_is_generated_again(tmp_path: Path) -> None:
     whole = digests(make_dataset(tmp_path, **SMALL))
     (tmp_path / session_names(1)[0] / "data_val.hdf5").unlink()
     assert digests(make_dataset(tmp_path, **SMALL)) == whole
 
 
-def test_a_folder_that_may_not_be_written_is_refused_in_one_line_before_the_work(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_writable_is_refused_at_once_in_one_line(tmp_path: Path) -> None:
     if os.getuid() != 0:
-        pytest.skip("becoming another user needs root")
-    asked = (
-        "import os, sys; from brain_to_text import generator; os.setgid(65534); os.setuid(65534); "
-        "generator.read_sentences = lambda _: sys.exit('too late'); sys.exit(generator.command(sys.argv[1:]))"
+        pytest.skip("only root can become another user")
+    program = (
+        "import os, sys; from brain_to_text.commands import COMMANDS; from brain_to_text.synthetic import generator; "
+        "from estiba.platform.workload import run_command; "
+        "os.setgid(65534); os.setuid(65534); "
+        "generator.read_sentences = lambda _: sys.exit('too late'); "
+        "sys.exit(run_command(COMMANDS, ['generate', *sys.argv[1:]], prog='brain-to-text'))"
     )
     top = Path(tempfile.mkdtemp())  # pytest's own folders are closed to other users
     try:
@@ -158,7 +168,7 @@ def test_a_folder_that_may_not_be_written_is_refused_in_one_line_before_the_work
         (top / "data").mkdir()
         for out in ("new", "data"):
             done = subprocess.run(
-                [sys.executable, "-c", asked, "--out", str(top / out)], capture_output=True, text=True, timeout=60
+                [sys.executable, "-c", program, "--out", str(top / out)], capture_output=True, text=True, timeout=60
             )
             assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
             assert done.stderr.startswith(f"error: {top / out}: cannot be written (Permission denied) by user 65534")
@@ -168,13 +178,14 @@ def test_a_folder_that_may_not_be_written_is_refused_in_one_line_before_the_work
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_layout_changes_nothing_but_the_bytes_on_disk(tmp_path: Path, layout: Any) -> None:
+def test_the_layout_changes_only_the_bytes_on_disk(tmp_path: Path, layout: Any) -> None:
     plain = make_dataset(tmp_path / "plain", **SMALL)
     other = make_dataset(tmp_path / "other", **SMALL, layout=layout)
     assert digests(plain) == digests(other)
-    with open_trials(plain, n_features=10) as one, open_trials(other, n_features=10) as two:
+    with open_trials(plain, n_input_features=10) as plain_trials, open_trials(other, n_input_features=10) as trials:
         for step in range(3):
-            assert one.batch(step).features.numpy().tobytes() == two.batch(step).features.numpy().tobytes()
+            expected = plain_trials.batch(step).features.numpy().tobytes()
+            assert trials.batch(step).features.numpy().tobytes() == expected
 
 
 def test_diphone_labels_come_with_the_phonemes(tmp_path: Path) -> None:
@@ -184,27 +195,26 @@ def test_diphone_labels_come_with_the_phonemes(tmp_path: Path) -> None:
         length = group.attrs["seq_len"]
         assert length == group.attrs["seq_len_phoneme"]
         phonemes = group["seq_class_ids_phoneme"][:length]
-        np.testing.assert_array_equal(group["seq_class_ids"][:length], diphones_of(phonemes))
+        np.testing.assert_array_equal(group["seq_class_ids"][:length], to_diphones(phonemes))
 
 
-def test_sentences_are_english_and_said_as_the_dictionary_says() -> None:
+def test_sentences_are_english_and_pronounced_as_in_the_dictionary() -> None:
     sentences = read_sentences(None)
     assert len(sentences) > 300
-    said = {one.text: one for one in sentences}
-    assert len(said) == len(sentences)
-    for one in sentences[::50]:
-        assert 3 <= len(one.words) <= 9 and one.phonemes.count(SILENCE) == len(one.words)
+    assert len({sentence.text for sentence in sentences}) == len(sentences)
+    for sentence in sentences[::50]:
+        assert 3 <= len(sentence.words) <= 9 and sentence.phonemes.count(SILENCE) == len(sentence.words)
 
 
-def test_text_of_ones_own(tmp_path: Path) -> None:
+def test_sentences_can_come_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     numbers = "one two three four five six seven eight nine ten eleven twelve".split()
     path.write_text(". ".join(f"{a} sees {b} again" for a in numbers for b in numbers[:3]) + ". Xqzt is no word.")
-    sentences = read_sentences(path)
+    sentences = read_sentences(str(path))
     assert len(sentences) == 36
-    spoken = {one.text: one for one in sentences}["one sees two again."]
+    spoken = {sentence.text: sentence for sentence in sentences}["one sees two again."]
     assert [PHONEMES[code] for code in spoken.phonemes] == "W AH N SIL S IY Z SIL T UW SIL AH G EH N SIL".split()
-    assert spoken.cut(2) == Spoken("one sees.", spoken.words[:2])
+    assert spoken.cut(2) == Sentence("one sees.", spoken.words[:2])
 
 
 def test_splits_share_no_sentence(tmp_path: Path) -> None:
@@ -218,25 +228,25 @@ def test_splits_share_no_sentence(tmp_path: Path) -> None:
 
 
 def frames(recipe: Recipe, day: int, seed: int, count: int = 600) -> tuple[np.ndarray, np.ndarray]:
-    """Bins in the middle of phonemes that are said long and alone, and which they were."""
+    """Generate bins in the middle of long, isolated phonemes, and their classes."""
     random = np.random.default_rng(seed)
-    brain = brains(recipe)[day]
+    day_tuning = daily_tunings(recipe)[day]
     classes = random.integers(1, 41, count)
-    values = (brain.places[classes] @ brain.tuning + brain.offset) + recipe.noise * random.standard_normal(
-        (count, recipe.features)
-    )
+    values = (
+        day_tuning.phoneme_points[classes] @ day_tuning.tuning + day_tuning.offset
+    ) + recipe.noise * random.standard_normal((count, recipe.features))
     return values.astype(np.float32), classes
 
 
-def accuracy(fitted: tuple[np.ndarray, np.ndarray], asked: tuple[np.ndarray, np.ndarray]) -> float:
-    """Of a linear decoder."""
-    values, classes = fitted
+def accuracy(train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]) -> float:
+    """Return the accuracy of a linear decoder."""
+    values, classes = train
     design = np.c_[values, np.ones(len(values))]
     weights = np.linalg.solve(design.T @ design + 10 * np.eye(design.shape[1]), design.T @ np.eye(41)[classes])
-    return float((np.argmax(np.c_[asked[0], np.ones(len(asked[0]))] @ weights, 1) == asked[1]).mean())
+    return float((np.argmax(np.c_[test[0], np.ones(len(test[0]))] @ weights, 1) == test[1]).mean())
 
 
-def test_a_day_is_told_by_its_own_decoder_and_not_by_anothers() -> None:
+def test_a_decoder_works_on_its_own_day_and_not_on_another() -> None:
     recipe = Recipe(features=48, sessions=4)
     own = accuracy(frames(recipe, 3, 1, 2400), frames(recipe, 3, 2))
     others = accuracy(frames(recipe, 0, 1, 2400), frames(recipe, 3, 2))
@@ -246,30 +256,32 @@ def test_a_day_is_told_by_its_own_decoder_and_not_by_anothers() -> None:
         frames(recipe, 3, 2),
     )
     assert own > 0.5 and others < own / 4, (own, others)
-    assert pooled < own * 0.7, "one decoder for all days is worse than each day's own, of as much data"
+    assert pooled < own * 0.7, "one decoder for all days is worse than one per day with as much data"
     still = Recipe(features=48, sessions=4, drift=0.0)
-    assert accuracy(frames(still, 0, 1), frames(still, 3, 2)) > 0.5, "without drift it does not matter"
+    assert accuracy(frames(still, 0, 1), frames(still, 3, 2)) > 0.5, "without drift, the day does not matter"
 
 
-def test_the_command_makes_it_and_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_generates_data_and_refuses_mistakes_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     small = ["--sessions", "1", "--trials", "3", "--features", "4"]
-    assert command(["--out", str(tmp_path / "a"), *small]) == 0
+    assert generate("--out", str(tmp_path / "a"), *small) == 0
     assert "1 sessions" in capsys.readouterr().out
-    assert command(["--out", str(tmp_path / "b"), *small, "--drift", "2"]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: flag --drift is '2': ") and "less than or equal to 1" in said
-    assert command(["--out", str(tmp_path / "a"), *small, "--seed", "2"]) == 2
-    assert "seed 1 there, 2 asked for" in capsys.readouterr().err
-    assert command(["--out", str(tmp_path / "a"), *small, "--seed", "2", "--overwrite"]) == 0
+    assert generate("--out", str(tmp_path / "b"), *small, "--drift", "2") == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: flag --drift is '2': ") and "less than or equal to 1" in printed
+    assert generate("--out", str(tmp_path / "a"), *small, "--seed", "2") == 2
+    assert "seed is 1, 2 requested" in capsys.readouterr().err
+    assert generate("--out", str(tmp_path / "a"), *small, "--seed", "2", "--overwrite") == 0
 
 
-def test_help_explains_every_option_under_the_name_that_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_explains_every_option_under_its_flag(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        command(["--help"])
+        generate("--help")
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert text.startswith("usage: brain-to-text generate ")
     for name, info in GenerateConfig.model_fields.items():
         assert info.description, name
         assert f"--{name.replace('_', '-')} " in text and " ".join(info.description.split()) in text
-    assert "ESTIBA_" not in text, "flags are all that it takes"
+    assert "ESTIBA_" not in text, "this command reads no environment variables"

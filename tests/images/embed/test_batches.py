@@ -1,4 +1,4 @@
-"""Packing: pure, within the budget, nothing lost."""
+"""Packing: deterministic, within the budget, every row once."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embed.batches import default_token_budget, longest_first, pack, padded_width
+from embed.model.batches import default_token_budget, longest_first, padded_width
+from embed.model.batches import pack as pack_window
+
+
+def pack(lengths: np.ndarray, budget: int, max_rows: int = 0, multiple: int = 1) -> list[np.ndarray]:
+    """Every batch of a window whose rows all have text, with a budget that does not fall."""
+    return list(pack_window(lengths, np.arange(len(lengths)), lambda: budget, max_rows, multiple))
+
 
 LENGTHS = st.lists(st.integers(1, 600), max_size=300).map(lambda lengths: np.array(lengths, np.int32))
 
 
 @given(LENGTHS, st.integers(1, 5000), st.integers(0, 40), st.sampled_from([1, 8]))
-def test_every_row_is_in_one_batch_and_no_batch_is_over_its_limits(
+def test_every_row_is_in_one_batch_and_no_batch_exceeds_its_limits(
     lengths: np.ndarray, budget: int, max_rows: int, multiple: int
 ) -> None:
     batches = pack(lengths, budget, max_rows, multiple)
@@ -25,7 +32,7 @@ def test_every_row_is_in_one_batch_and_no_batch_is_over_its_limits(
 
 
 @given(LENGTHS, st.integers(1, 5000))
-def test_batches_are_as_full_as_the_budget_lets_them_be(lengths: np.ndarray, budget: int) -> None:
+def test_batches_are_as_full_as_the_budget_allows(lengths: np.ndarray, budget: int) -> None:
     for batch in pack(lengths, budget)[:-1]:
         assert (len(batch) + 1) * int(lengths[batch].max()) > budget
 

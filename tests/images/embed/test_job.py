@@ -1,10 +1,14 @@
-"""The whole job, in this process, on a tiny real model: what comes out, what is refused, what is resumed."""
+"""The whole job, in this process, on a tiny real model: outputs, refusals, resumption."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,42 +16,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rehearsal import WORDS, compare, make_input
+from whole_job import outputs, run, write
 
 from embed.config import EmbedConfig
-from embed.work import embed
-from estiba.contract import Job
+from embed.job import embed
 from estiba.errors import ConfigError, DataError, EstibaError, Interrupted, StoreError
-from estiba.stop import Stop
+from estiba.platform.contract import Job
+from estiba.platform.stop import Stop
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.setenv("ESTIBA_ROOT", str(tmp_path))
-    (tmp_path / "input/data/dataset").mkdir(parents=True)
-    return tmp_path
-
-
-@pytest.fixture
-def inputs(place):
-    return place / "input/data/dataset"
-
-
-def run(tiny_model: Path, **options: object) -> dict:
-    config = EmbedConfig(model=str(tiny_model), **options)
-    embed(config, Job.read(), Stop())
-    return json.loads((Path(config.output_path) / "results.json").read_text())
-
-
-def write(path: Path, texts: list, **more: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"texto": pa.array(texts, pa.string()), **more}), path)
-
-
-def outputs(place: Path, name: str = "a.parquet") -> pa.Table:
-    return pq.read_table(place / "output/data" / name)
-
-
-def test_rows_keep_their_order_and_columns_and_get_a_unit_vector(place, inputs, tiny_model):
+def test_rows_keep_their_order_and_columns_and_get_a_unit_vector(root, inputs, tiny_model):
     texts = [" ".join(WORDS[: 1 + index % 40]) + f" {index}" for index in range(300)]
     table = pa.table(
         {
@@ -60,7 +38,7 @@ def test_rows_keep_their_order_and_columns_and_get_a_unit_vector(place, inputs, 
     )
     pq.write_table(table, inputs / "a.parquet", row_group_size=100)
     results = run(tiny_model, n_tokens=True, truncated=True)
-    out = outputs(place)
+    out = outputs(root)
     assert out.select(table.schema.names).equals(table)
     assert out.schema.metadata[b"origen"] == b"prueba"
     assert out.schema.names[4:] == ["embeddings", "status", "n_tokens", "truncated"]
@@ -72,6 +50,7 @@ def test_rows_keep_their_order_and_columns_and_get_a_unit_vector(place, inputs, 
         "total": 300,
         "embedded": 300,
         "without_vector": {},
+        "bad": [],
         "truncated": 0,
         "computed_in_this_attempt": 300,
         "resumed": 0,
@@ -80,48 +59,48 @@ def test_rows_keep_their_order_and_columns_and_get_a_unit_vector(place, inputs, 
     assert provenance["digest"].startswith("xxh3-128:") and provenance["dtype"] == "float32"
 
 
-def test_vectors_agree_with_sentence_transformers_row_by_row(place, inputs, tiny_model):
+def test_vectors_agree_with_sentence_transformers_row_by_row(root, inputs, tiny_model):
     from sentence_transformers import SentenceTransformer
 
     texts = [" ".join(WORDS[index % 7 :: 1 + index % 5]) * (1 + index % 9) for index in range(200)]
     write(inputs / "a.parquet", texts)
     run(tiny_model)
-    ours = np.array(outputs(place)["embeddings"].to_pylist(), np.float32)
+    ours = np.array(outputs(root)["embeddings"].to_pylist(), np.float32)
     theirs = SentenceTransformer(str(tiny_model), device="cpu").encode(texts)
     assert (ours * theirs).sum(axis=1).min() >= 0.9999
 
 
-def test_rows_without_text_get_no_vector_and_say_why(place, inputs, tiny_model):
+def test_rows_without_text_get_no_vector_and_say_why(root, inputs, tiny_model):
     write(inputs / "a.parquet", ["hola", None, "", " \n\t\u00a0", "mar"])
     results = run(tiny_model)
-    out = outputs(place)
+    out = outputs(root)
     assert out["status"].to_pylist() == ["ok", "null", "empty", "empty", "ok"]
     assert [vector is None for vector in out["embeddings"].to_pylist()] == [False, True, True, True, False]
     assert results["rows"]["without_vector"] == {"empty": 2, "null": 1}
 
 
-def test_stored_precision_names_and_columns_are_as_asked(place, inputs, tiny_model):
+def test_stored_precision_names_and_columns_are_configurable(root, inputs, tiny_model):
     write(inputs / "a.parquet", ["hola", None], id=[1, 2], otro=["x", "y"])
     run(tiny_model, columns=["id"], embedding_column="v", status_column="s", embedding_dtype="float16", dimensions=8)
-    out = outputs(place)
+    out = outputs(root)
     assert out.schema.names == ["id", "v", "s"]
     assert out.schema.field("v").type == pa.list_(pa.float16(), 8)
     assert math.isclose(np.linalg.norm(np.array(out["v"].to_pylist()[0], np.float32)), 1, abs_tol=2e-3)
 
 
-def test_relative_paths_are_kept_and_empty_files_stay_empty_files(place, inputs, tiny_model):
+def test_relative_paths_are_kept_and_empty_files_stay_empty_files(root, inputs, tiny_model):
     write(inputs / "x/y/uno.parquet", ["a"])
     write(inputs / "vacio.parquet", [])
     pq.write_table(pa.table({"texto": pa.array([], pa.string())}), inputs / "sin_grupos.pq", row_group_size=1)
     (inputs / "_SUCCESS").touch()
     results = run(tiny_model)
-    assert outputs(place, "x/y/uno.parquet").num_rows == 1
-    assert outputs(place, "vacio.parquet").schema.names == ["texto", "embeddings", "status"]
-    assert outputs(place, "sin_grupos.pq").num_rows == 0
+    assert outputs(root, "x/y/uno.parquet").num_rows == 1
+    assert outputs(root, "vacio.parquet").schema.names == ["texto", "embeddings", "status"]
+    assert outputs(root, "sin_grupos.pq").num_rows == 0
     assert results["files"]["ignored"] == ["_SUCCESS"]
 
 
-def test_bad_files_are_named_the_rest_is_done_and_the_job_fails(place, inputs, tiny_model):
+def test_bad_files_are_reported_after_all_others_are_done_and_fail_the_job(root, inputs, tiny_model):
     write(inputs / "bien.parquet", ["hola"] * 5)
     (inputs / "roto.parquet").write_bytes(b"PAR1 y nada mas que esto PAR1")
     (inputs / "notas.txt").write_text("no soy parquet")
@@ -130,14 +109,14 @@ def test_bad_files_are_named_the_rest_is_done_and_the_job_fails(place, inputs, t
         run(tiny_model)
     for name in ("roto.parquet", "notas.txt", "otra.parquet", "--text-column", "--on-bad-file skip"):
         assert name in str(failure.value)
-    assert outputs(place, "bien.parquet").num_rows == 5
-    results = json.loads((place / "output/data/results.json").read_text())
+    assert outputs(root, "bien.parquet").num_rows == 5
+    results = json.loads((root / "output/data/results.json").read_text())
     assert results["status"] == "failed" and len(results["files"]["bad"]) == 3
     assert run(tiny_model, on_bad_file="skip")["status"] == "complete"
-    assert not (place / "output/data/roto.parquet").exists()
+    assert not (root / "output/data/roto.parquet").exists()
 
 
-def test_a_file_that_breaks_half_way_leaves_no_output(place, inputs, tiny_model):
+def test_a_file_that_is_corrupt_half_way_leaves_no_output(root, inputs, tiny_model):
     write(inputs / "bien.parquet", ["hola"])
     pq.write_table(
         pa.table({"texto": [f"fila {i} " * 30 for i in range(4000)]}),
@@ -149,7 +128,7 @@ def test_a_file_that_breaks_half_way_leaves_no_output(place, inputs, tiny_model)
     (inputs / "roto.parquet").write_bytes(raw)
     with pytest.raises(DataError, match=r"roto\.parquet"):
         run(tiny_model)
-    assert sorted(path.name for path in (place / "output/data").iterdir()) == ["bien.parquet", "results.json"]
+    assert sorted(path.name for path in (root / "output/data").iterdir()) == ["bien.parquet", "results.json"]
 
 
 @pytest.mark.parametrize(
@@ -163,27 +142,27 @@ def test_a_file_that_breaks_half_way_leaves_no_output(place, inputs, tiny_model)
         ({"model": "/no/hay"}, ["/no/hay"]),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_written(place, inputs, tiny_model, options, words):
+def test_an_impossible_configuration_is_refused_before_anything_is_written(root, inputs, tiny_model, options, words):
     write(inputs / "a.parquet", ["hola"], id=[1])
     config = EmbedConfig(**{"model": str(tiny_model), **options})
     with pytest.raises(ConfigError) as failure:
         embed(config, Job.read(), Stop())
     for word in words:
         assert word in str(failure.value)
-    assert not list((place / "output").rglob("*.parquet")) if (place / "output").exists() else True
+    assert not list((root / "output").rglob("*.parquet")) if (root / "output").exists() else True
 
 
-def test_places_that_lie_in_one_another_are_refused(place, inputs, tiny_model):
+def test_locations_that_overlap_are_refused(root, inputs, tiny_model):
     write(inputs / "a.parquet", ["hola"])
-    for options in ({"output_path": str(inputs)}, {"output_path": str(inputs / "x")}, {"checkpoint_path": str(place)}):
-        with pytest.raises(ConfigError, match="lie in one another"):
+    for options in ({"output_path": str(inputs)}, {"output_path": str(inputs / "x")}, {"checkpoint_path": str(root)}):
+        with pytest.raises(ConfigError, match="overlap"):
             run(tiny_model, **options)
 
 
-def test_a_second_run_computes_nothing_and_a_damaged_output_is_joined_again(place, inputs, tiny_model):
+def test_a_second_run_computes_nothing_and_a_damaged_output_is_joined_again(root, inputs, tiny_model):
     make_input(inputs, files=6, rows=40, seed=1)
     first = run(tiny_model)
-    names = sorted((place / "output/data").rglob("*.parquet"))
+    names = sorted((root / "output/data").rglob("*.parquet"))
     bytes_before = [path.read_bytes() for path in names]
     again = run(tiny_model)
     assert again["rows"]["computed_in_this_attempt"] == 0 and again["files"]["already_complete"] == 6
@@ -193,36 +172,36 @@ def test_a_second_run_computes_nothing_and_a_damaged_output_is_joined_again(plac
     names[0].write_bytes(raw)
     names[1].write_bytes(bytes_before[1][:-3])
     names[2].unlink()
-    mended = run(tiny_model)
-    assert mended["rows"]["computed_in_this_attempt"] == 0 and mended["files"]["done_in_this_attempt"] == 3
+    repaired = run(tiny_model)
+    assert repaired["rows"]["computed_in_this_attempt"] == 0 and repaired["files"]["done_in_this_attempt"] == 3
     assert [path.read_bytes() for path in names] == bytes_before
 
 
-def test_only_the_checkpoint_directory_is_needed_to_go_on(place, inputs, tiny_model, tmp_path):
+def test_only_the_checkpoint_directory_is_needed_to_resume(root, inputs, tiny_model, tmp_path):
     make_input(inputs, files=4, rows=40, seed=2)
     run(tiny_model)
-    shutil.copytree(place / "output/data", place / "kept")
-    shutil.rmtree(place / "output")
+    shutil.copytree(root / "output/data", root / "kept")
+    shutil.rmtree(root / "output")
     again = run(tiny_model)
     assert again["rows"]["computed_in_this_attempt"] == 0
-    assert compare(place / "kept", place / "output/data") == []
+    assert compare(root / "kept", root / "output/data") == []
 
 
-def test_without_a_checkpoint_directory_whole_outputs_are_still_not_computed_again(place, inputs, tiny_model):
+def test_complete_outputs_are_not_computed_again_even_without_a_checkpoint_directory(root, inputs, tiny_model):
     make_input(inputs, files=3, rows=40, seed=3)
     first = run(tiny_model)
-    shutil.rmtree(place / "checkpoints")
+    shutil.rmtree(root / "checkpoints")
     again = run(tiny_model)
     assert again["rows"]["computed_in_this_attempt"] == 0
     assert again["rows"]["embedded"] == first["rows"]["embedded"]
 
 
-def test_a_flipped_bit_in_saved_work_costs_that_piece_and_nothing_else(place, inputs, tiny_model, capfd):
+def test_a_flipped_bit_in_saved_work_costs_that_chunk_and_nothing_else(root, inputs, tiny_model, capfd):
     make_input(inputs, files=3, rows=200, seed=4)
     run(tiny_model)
-    shutil.copytree(place / "output/data", place / "kept")
-    shutil.rmtree(place / "output")
-    pieces = sorted((place / "checkpoints").rglob("*.piece"))
+    shutil.copytree(root / "output/data", root / "kept")
+    shutil.rmtree(root / "output")
+    pieces = sorted((root / "checkpoints").rglob("*.piece"))
     victim = next(path for path in pieces if "/pieces/" in str(path))
     raw = bytearray(victim.read_bytes())
     raw[len(raw) // 2] ^= 16
@@ -230,11 +209,11 @@ def test_a_flipped_bit_in_saved_work_costs_that_piece_and_nothing_else(place, in
     again = run(tiny_model)
     rows = int(victim.name.split(".")[0].split("-")[2])
     assert again["rows"]["computed_in_this_attempt"] == rows and again["checkpoint"]["pieces_set_aside"] == 1
-    assert "set aside" in capfd.readouterr().err
-    assert compare(place / "kept", place / "output/data") == []
+    assert "quarantined" in capfd.readouterr().err
+    assert compare(root / "kept", root / "output/data") == []
 
 
-def test_changed_input_or_model_is_computed_anew(place, inputs, tiny_model):
+def test_changed_input_or_model_is_computed_again(root, inputs, tiny_model):
     write(inputs / "a.parquet", ["hola", "mar"])
     write(inputs / "b.parquet", ["uno"])
     run(tiny_model)
@@ -242,44 +221,44 @@ def test_changed_input_or_model_is_computed_anew(place, inputs, tiny_model):
     assert run(tiny_model)["rows"]["computed_in_this_attempt"] == 2
     assert run(tiny_model, max_length=8)["rows"]["computed_in_this_attempt"] == 3
     renamed = run(tiny_model, max_length=8, embedding_column="v")
-    assert renamed["rows"]["computed_in_this_attempt"] == 0  # same vectors, joined again under another name
-    assert "v" in outputs(place).schema.names
+    assert renamed["rows"]["computed_in_this_attempt"] == 0  # the same vectors, joined again under another column name
+    assert "v" in outputs(root).schema.names
 
 
-def test_no_checkpoint_keeps_nothing_and_uses_nothing(place, inputs, tiny_model):
+def test_no_checkpoint_saves_nothing_and_reuses_nothing(root, inputs, tiny_model):
     make_input(inputs, files=2, rows=40, seed=5)
     for _ in range(2):
         results = run(tiny_model, no_checkpoint=True)
         assert results["rows"]["computed_in_this_attempt"] == results["rows"]["total"]
-    assert not (place / "checkpoints").exists()
+    assert not (root / "checkpoints").exists()
 
 
-def test_a_stop_saves_what_is_done_and_says_how_to_go_on(place, inputs, tiny_model, monkeypatch):
+def test_a_stop_saves_finished_work_and_the_next_run_resumes(root, inputs, tiny_model, monkeypatch):
     make_input(inputs, files=6, rows=100, seed=6)
-    run(tiny_model, output_path=str(place / "whole"), checkpoint_path=str(place / "other"))
-    from embed import worker
+    run(tiny_model, output_path=str(root / "whole"), checkpoint_path=str(root / "other"))
+    from embed.model import Encoder
 
-    stop, seen = Stop(), []
-    plain = worker.Encoder.encode
+    stop, calls = Stop(), []
+    original = Encoder.encode
 
     def encode(self, *arguments):
-        seen.append(1)
-        if len(seen) == 5:
+        calls.append(1)
+        if len(calls) == 5:
             stop.request("SIGTERM", signum=15)
-        return plain(self, *arguments)
+        return original(self, *arguments)
 
-    monkeypatch.setattr(worker.Encoder, "encode", encode)
+    monkeypatch.setattr(Encoder, "encode", encode)
     with pytest.raises(Interrupted, match="rows are saved") as stopped:
         embed(EmbedConfig(model=str(tiny_model)), Job.read(), stop)
     assert stopped.value.exit_code == 143
     monkeypatch.undo()
-    monkeypatch.setenv("ESTIBA_ROOT", str(place))
+    monkeypatch.setenv("ESTIBA_ROOT", str(root))
     results = run(tiny_model)
     assert 0 < results["rows"]["resumed"] < results["rows"]["total"]
-    assert compare(place / "whole", place / "output/data") == []
+    assert compare(root / "whole", root / "output/data") == []
 
 
-def test_input_output_and_checkpoints_on_s3_and_nothing_half_written(place, inputs, tiny_model, s3):
+def test_input_output_and_checkpoints_can_be_on_s3_and_no_upload_is_left_unfinished(root, inputs, tiny_model, s3):
     make_input(inputs, files=5, rows=60, seed=7)
     run(tiny_model)
     client = s3.client()
@@ -295,19 +274,19 @@ def test_input_output_and_checkpoints_on_s3_and_nothing_half_written(place, inpu
         embed(config, Job.read(), Stop())
         results = json.loads(client.get_object(Bucket=s3.bucket, Key="out/results.json")["Body"].read())
         assert (results["rows"]["computed_in_this_attempt"] == results["rows"]["total"]) is computed_all
-    fetched = place / "fetched"
+    fetched = root / "fetched"
     for path in sorted(inputs.rglob("*.parquet")):
         name = path.relative_to(inputs).as_posix()
         (fetched / name).parent.mkdir(parents=True, exist_ok=True)
         client.download_file(s3.bucket, f"out/{name}", str(fetched / name))
-        ours, theirs = pq.read_table(fetched / name), outputs(place, name)
+        ours, theirs = pq.read_table(fetched / name), outputs(root, name)
         assert ours.equals(theirs)
     assert not client.list_multipart_uploads(Bucket=s3.bucket).get("Uploads")
 
 
-def test_two_hosts_do_every_file_once_between_them(place, inputs, tiny_model):
+def test_two_hosts_split_the_files_between_them(root, inputs, tiny_model):
     make_input(inputs, files=7, rows=30, seed=8)
-    config_dir = place / "input/config"
+    config_dir = root / "input/config"
     config_dir.mkdir()
     done = []
     for host in ("algo-1", "algo-2"):
@@ -315,14 +294,34 @@ def test_two_hosts_do_every_file_once_between_them(place, inputs, tiny_model):
             json.dumps({"current_host": host, "hosts": ["algo-1", "algo-2"]})
         )
         embed(EmbedConfig(model=str(tiny_model)), Job.read(), Stop())
-        done.append(json.loads((place / f"output/data/results-{host}.json").read_text())["files"]["done"])
+        done.append(json.loads((root / f"output/data/results-{host}.json").read_text())["files"]["done"])
     assert sum(done) == 7 and min(done) >= 2
-    assert len(list((place / "output/data").rglob("*.parquet"))) == 7
+    assert len(list((root / "output/data").rglob("*.parquet"))) == 7
 
 
-def test_a_sharded_channel_is_all_this_hosts_own(place, inputs, tiny_model):
+def test_nodes_of_slurm_and_pods_of_kubernetes_split_the_files_too(root, inputs, tiny_model, monkeypatch):
+    make_input(inputs, files=4, rows=10, seed=8)
+    slurm = [{"SLURM_STEP_NODELIST": "gpu[01-02]", "SLURM_NODEID": str(node)} for node in range(2)]
+    pods = [
+        {"JOB_COMPLETION_INDEX": str(index), "ESTIBA_HOST_COUNT": "2", "HOSTNAME": f"embed-{index}"}
+        | {"ESTIBA_HOST_SERVICE": "embed"}
+        for index in range(2)
+    ]
+    done = {}
+    for environ in (*slurm, *pods):
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        embed(EmbedConfig(model=str(tiny_model), no_checkpoint=True), Job.read(), Stop())
+        results = root / f"output/data/results-{Job.read().current_host}.json"
+        done[Job.read().current_host] = json.loads(results.read_text())["files"]["done"]
+        for name in environ:
+            monkeypatch.delenv(name)
+    assert done == {"gpu01": 2, "gpu02": 2, "embed-0.embed": 2, "embed-1.embed": 2}
+
+
+def test_a_host_does_all_files_of_a_sharded_channel(root, inputs, tiny_model):
     make_input(inputs, files=3, rows=10, seed=9)
-    config_dir = place / "input/config"
+    config_dir = root / "input/config"
     config_dir.mkdir()
     (config_dir / "resourceconfig.json").write_text(
         json.dumps({"current_host": "algo-2", "hosts": ["algo-1", "algo-2"]})
@@ -331,22 +330,30 @@ def test_a_sharded_channel_is_all_this_hosts_own(place, inputs, tiny_model):
         json.dumps({"dataset": {"TrainingInputMode": "File", "S3DistributionType": "ShardedByS3Key"}})
     )
     embed(EmbedConfig(model=str(tiny_model)), Job.read(), Stop())
-    assert json.loads((place / "output/data/results-algo-2.json").read_text())["files"]["done"] == 3
+    assert json.loads((root / "output/data/results-algo-2.json").read_text())["files"]["done"] == 3
 
 
 @pytest.mark.slow
-def test_two_workers_give_the_bytes_of_one(place, inputs, tiny_model):
+def test_two_workers_write_the_same_bytes_as_one_with_as_many_threads_each(root, inputs, tiny_model, monkeypatch):
+    import torch
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     make_input(inputs, files=4, rows=100, seed=10)
-    run(tiny_model, output_path=str(place / "solo"), checkpoint_path=str(place / "ck1"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        run(tiny_model, output_path=str(root / "solo"), checkpoint_path=str(root / "ck1"))
+    finally:
+        torch.set_num_threads(threads)
     results = run(tiny_model, workers=2)
     assert results["rows"]["computed_in_this_attempt"] == results["rows"]["total"]
-    assert compare(place / "solo", place / "output/data") == []
+    assert compare(root / "solo", root / "output/data") == []
 
 
-def test_the_guides_token_column_is_added_up_and_the_cost_is_known_with_the_instance(place, inputs, tiny_model):
+def test_results_sum_the_guides_token_column_and_price_a_known_instance(root, inputs, tiny_model):
     write(inputs / "a.parquet", ["hola", "mar"], tokens_aproximados=[3, 4])
-    (place / "input/config").mkdir()
-    (place / "input/config/resourceconfig.json").write_text(
+    (root / "input/config").mkdir()
+    (root / "input/config/resourceconfig.json").write_text(
         json.dumps({"current_host": "algo-1", "hosts": ["algo-1"], "current_instance_type": "ml.g4dn.xlarge"})
     )
     results = run(tiny_model)
@@ -354,44 +361,40 @@ def test_the_guides_token_column_is_added_up_and_the_cost_is_known_with_the_inst
     assert results["cost"]["usd_per_h"] == 0.7364 and results["cost"]["price_date"]
 
 
-def test_two_jobs_on_one_checkpoint_directory_are_refused(place, inputs, tiny_model):
+def test_two_jobs_on_one_checkpoint_directory_are_refused(root, inputs, tiny_model):
     from estiba.checkpoint import exclusive
-    from estiba.store import open_store
+    from estiba.storage import open_store
 
     write(inputs / "a.parquet", ["hola"])
     with (
-        exclusive(open_store(str(place / "checkpoints")), "embed-algo-1"),
+        exclusive(open_store(str(root / "checkpoints")), "embed-algo-1"),
         pytest.raises(EstibaError, match="another job"),
     ):
         run(tiny_model)
 
 
-def test_a_full_disk_ends_the_job_with_its_saved_work_intact(place, inputs, tiny_model, monkeypatch):
+def test_a_full_disk_ends_the_job_with_its_saved_work_intact(root, inputs, tiny_model, monkeypatch):
     import errno
+    import os
 
     make_input(inputs, files=4, rows=60, seed=11)
-    from estiba import checkpoint
+    sync, count = os.fsync, []
 
-    plain, count = checkpoint.Pieces.commit, []
-
-    def commit(self, key, data):
+    def fsync(descriptor):
         count.append(1)
-        if len(count) == 4:
-            from estiba.store import _explained
+        if len(count) == 8:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
 
-            with _explained(self.store.url):
-                raise OSError(errno.ENOSPC, "No space left on device")
-        return plain(self, key, data)
-
-    monkeypatch.setattr(checkpoint.Pieces, "commit", commit)
+    monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(StoreError, match="free"):
         run(tiny_model)
     monkeypatch.undo()
-    monkeypatch.setenv("ESTIBA_ROOT", str(place))
+    monkeypatch.setenv("ESTIBA_ROOT", str(root))
     assert run(tiny_model)["rows"]["resumed"] > 0
 
 
-def test_columns_of_every_kind_pass_through_unchanged(place, inputs, tiny_model):
+def test_columns_of_every_kind_pass_through_unchanged(root, inputs, tiny_model):
     import datetime as dt
     from decimal import Decimal
 
@@ -418,23 +421,45 @@ def test_columns_of_every_kind_pass_through_unchanged(place, inputs, tiny_model)
     pq.write_table(table, inputs / "a.parquet", row_group_size=2)
     run(tiny_model)
     expected = pq.read_table(inputs / "a.parquet")
-    out = outputs(place)
+    out = outputs(root)
     assert out.select(expected.schema.names).equals(expected)
     assert out.schema.metadata[b"otro"] == "ñ".encode() and b"pandas" in out.schema.metadata
     for name in expected.schema.names:
         assert out.schema.field(name).type == expected.schema.field(name).type
 
 
-def test_work_is_saved_where_the_checkpoint_config_says(place, inputs, tiny_model):
+def test_chunks_are_saved_where_the_checkpoint_config_says(root, inputs, tiny_model):
     write(inputs / "a.parquet", ["hola"])
-    (place / "input/config").mkdir()
-    (place / "input/config/checkpointconfig.json").write_text('{"LocalPath": "/opt/ml/otro"}')
+    (root / "input/config").mkdir()
+    (root / "input/config/checkpointconfig.json").write_text('{"LocalPath": "/opt/ml/otro"}')
     run(tiny_model)
-    assert list((place / "otro").rglob("*.piece")) and not (place / "checkpoints").exists()
-    assert EmbedConfig().checkpoint_path == str(place / "otro")
+    assert list((root / "otro").rglob("*.piece")) and not (root / "checkpoints").exists()
+    assert EmbedConfig().checkpoint_path == str(root / "otro")
 
 
-def test_a_revision_of_a_directory_is_refused(place, inputs, tiny_model):
+def test_a_revision_of_a_directory_is_refused(root, inputs, tiny_model):
     write(inputs / "a.parquet", ["hola"])
     with pytest.raises(ConfigError, match="--revision"):
         run(tiny_model, revision="main")
+
+
+@pytest.mark.parametrize("program", ["tokenizer.py", "run.py"])
+def test_the_tokenizer_guides_command_line_works_as_it_is(tmp_path, tiny_model, program):
+    """Only `--model` differs, since tests have no access to the hub."""
+    package = Path(inspect.getfile(EmbedConfig)).parent
+    found = [path for path in (package.parent / "src" / program, package.parent / program) if path.is_file()]
+    (tmp_path / "src").mkdir()
+    shutil.copy(found[0], tmp_path / "src")
+    write(tmp_path / "samples/parquet/a.parquet", ["hola", None, "mar"])
+    words = "--input-path ./samples/parquet --output-path ./output --batch-size 0 --model".split()
+    environ = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "ESTIBA_ROOT": str(tmp_path / "ml"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [sys.executable, f"src/{program}", *words, str(tiny_model)]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert pq.read_table(tmp_path / "output/a.parquet")["status"].to_pylist() == ["ok", "null", "ok"]
+    assert json.loads((tmp_path / "output/results.json").read_text())["rows"]["embedded"] == 2

@@ -1,4 +1,4 @@
-"""Kill the real process at random moments: the output is the same bytes, and little is done twice."""
+"""Kill the real process at random moments: the output has the same bytes, and little is computed twice."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rehearsal import rehearse
 @pytest.mark.slow
 @pytest.mark.parametrize("is_new_host", [False, True], ids=["same host", "only checkpoints kept"])
 def test_a_job_killed_and_restarted_ends_with_the_same_bytes(tmp_path, tiny_model, is_new_host):
-    found = rehearse(tmp_path, tiny_model, kills=2, seed=5 + is_new_host, is_new_host=is_new_host, files=10, rows=120)
-    assert found.equal, found.different
-    assert found.kills
-    assert found.within_bound, f"{found.rows_twice} rows started twice by {len(found.kills)} kills"
+    result = rehearse(tmp_path, tiny_model, kills=2, seed=5 + is_new_host, is_new_host=is_new_host, files=10, rows=120)
+    assert result.equal, result.different
+    assert result.kills
+    assert result.within_bound, f"{result.rows_twice} rows started twice by {len(result.kills)} kills"

@@ -1,4 +1,4 @@
-"""Encoder: the vectors sentence-transformers gives, a reason for every row without one, and no surprise in between."""
+"""Encoder: the vectors of sentence-transformers, a reason for every row without one, and every failure handled."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ from tokenizers import Tokenizer
 from transformers import RobertaConfig, RobertaModel
 
 import embed
-from embed import choices
-from embed.engine import Engine, Flight
-from embed.model import STATUS_WORDS, Encoder, EncoderConfig, Status, Stopped
-from embed.tokens import Features, ModelTokens, OwnTokens
+from embed.config import EmbedConfig
+from embed.model import STATUS_WORDS, Encoder, Status, Stopped, resolve
+from embed.model.forward import Engine, InFlight
+from embed.model.tokens import FastTokens, Features, ModelTokens
+from estiba.config import load
 from estiba.errors import ConfigError, DataError
 
 NOT_TEXT: list[Any] = [None, "", " \t\u3000", "\u200b", b"\xff\xfe", "a\ud800b"]
@@ -40,7 +41,7 @@ REASONS = [Status.NULL, Status.EMPTY, Status.EMPTY, Status.EMPTY, Status.INVALID
 
 
 def encoder_of(model: Path, **config: Any) -> Encoder:
-    return Encoder(EncoderConfig(model=str(model), device="cpu", **config))
+    return Encoder(EmbedConfig(model=str(model), device="cpu", **config))
 
 
 def vectors_of(encoder: Encoder, texts: list[Any]) -> np.ndarray:
@@ -49,8 +50,8 @@ def vectors_of(encoder: Encoder, texts: list[Any]) -> np.ndarray:
     return encoded.vectors
 
 
-def peer(model: Path, **how: Any) -> SentenceTransformer:
-    return SentenceTransformer(str(model), device="cpu", local_files_only=True, **how)
+def peer(model: Path, **options: Any) -> SentenceTransformer:
+    return SentenceTransformer(str(model), device="cpu", local_files_only=True, **options)
 
 
 def assert_same_directions(ours: np.ndarray, theirs: np.ndarray, least: float = 0.9999) -> None:
@@ -71,7 +72,7 @@ def small(tiny: Path) -> Encoder:
     return encoder_of(tiny)
 
 
-# What sentence-transformers gives
+# Agreement with sentence-transformers
 
 
 def test_vectors_agree_with_sentence_transformers_row_by_row(encoder: Encoder, minilm: Path, texts: list[str]) -> None:
@@ -102,9 +103,7 @@ def test_dimensions_are_cut_and_then_scaled_to_unit_length(minilm: Path, texts: 
     assert np.allclose(ours, theirs, atol=1e-5)
 
 
-def test_a_model_that_says_how_many_dimensions_it_has_is_believed(
-    minilm: Path, texts: list[str], copy_of: Callable[..., Path]
-) -> None:
+def test_a_models_own_truncate_dim_is_used(minilm: Path, texts: list[str], copy_of: Callable[..., Path]) -> None:
     model = copy_of(minilm, {"config_sentence_transformers.json": json.dumps({"truncate_dim": 32})})
     assert vectors_of(encoder_of(model), texts).shape == (len(texts), 32)
 
@@ -147,7 +146,7 @@ def test_prompts_are_those_of_encode_document(
     change = {"config_sentence_transformers.json": json.dumps(saved), "1_Pooling/config.json": json.dumps(pooling)}
     model = copy_of(minilm, change)
     encoder = encoder_of(model, **config)
-    assert isinstance(encoder._tokens, OwnTokens)
+    assert isinstance(encoder._tokens, FastTokens)
     some = [*texts[:6], texts[13]]
     theirs = peer(model).encode_document(some, **config)  # type: ignore[call-overload]
     assert_same_directions(vectors_of(encoder, some), theirs)
@@ -163,7 +162,7 @@ def test_static_embeddings_and_routers_work_through_the_models_own_preprocess(
     document: list[Any] = list(peer(tiny).children())
     routed = Router.for_query_document([static], document)
     SentenceTransformer(modules=[routed], device="cpu").save(str(tmp_path / "router"))
-    for name, kind in (("static", ModelTokens), ("router", OwnTokens)):
+    for name, kind in (("static", ModelTokens), ("router", FastTokens)):
         encoder = encoder_of(tmp_path / name)
         assert isinstance(encoder._tokens, kind)
         assert_same_directions(vectors_of(encoder, texts), peer(tmp_path / name).encode_document(texts))
@@ -171,7 +170,7 @@ def test_static_embeddings_and_routers_work_through_the_models_own_preprocess(
         assert encoded.status.tolist() == [*REASONS, Status.OK]
 
 
-def test_positions_that_roberta_keeps_for_itself_are_not_read_past(minilm: Path, tmp_path: Path) -> None:
+def test_robertas_reserved_positions_are_not_used_for_tokens(minilm: Path, tmp_path: Path) -> None:
     config = RobertaConfig(
         vocab_size=30522,
         hidden_size=32,
@@ -206,7 +205,7 @@ def test_rows_without_text_get_a_reason_and_zeros(small: Encoder) -> None:
     assert {STATUS_WORDS[Status(status)] for status in encoded.status} == {"ok", "null", "empty", "invalid utf-8"}
 
 
-def test_good_rows_do_not_notice_bad_rows_between_them(small: Encoder, texts: list[str]) -> None:
+def test_bad_rows_do_not_change_the_vectors_of_good_rows(small: Encoder, texts: list[str]) -> None:
     mixed: list[Any] = []
     for row, text in enumerate(texts):
         mixed += [text, NOT_TEXT[row % len(NOT_TEXT)]]
@@ -215,30 +214,30 @@ def test_good_rows_do_not_notice_bad_rows_between_them(small: Encoder, texts: li
     assert not encoded.vectors[1::2].any()
 
 
-def test_bytes_are_read_as_the_text_they_hold(small: Encoder, texts: list[str]) -> None:
+def test_bytes_are_decoded_as_text(small: Encoder, texts: list[str]) -> None:
     assert vectors_of(small, [text.encode() for text in texts]).tobytes() == vectors_of(small, texts).tobytes()
 
 
 @pytest.mark.parametrize("rows", [[], [None, None]])
-def test_a_window_without_text_is_no_trouble(small: Encoder, rows: list[None]) -> None:
+def test_a_window_without_text_is_encoded_without_error(small: Encoder, rows: list[None]) -> None:
     encoded = small.encode(small.tokenize(rows))
     assert encoded.vectors.shape == (len(rows), 32)
     assert encoded.padded_tokens == 0
 
 
-def test_a_number_where_text_belongs_is_refused(small: Encoder) -> None:
+def test_a_number_instead_of_a_text_is_refused(small: Encoder) -> None:
     with pytest.raises(DataError, match=r"row 1 .* float 3\.5.*--text-column"):
         small.tokenize(["mar", 3.5])  # type: ignore[list-item]
 
 
-def test_truncated_says_which_texts_were_not_read_to_the_end(small: Encoder) -> None:
+def test_truncated_marks_the_texts_that_were_not_read_to_the_end(small: Encoder) -> None:
     room = small.max_length - 2  # [CLS] and [SEP]
     encoded = small.encode(small.tokenize(["mar " * room, "mar " * (room + 1), "mar", "mar " * 90_000, None]))
     assert encoded.truncated.tolist() == [False, True, False, True, False]
     assert encoded.n_tokens.tolist() == [room + 2, room + 2, 3, room + 2, 0]
 
 
-# The same window, the same bits
+# Determinism
 
 
 def test_a_window_gives_the_same_bits_every_time(tiny: Path, small: Encoder, texts: list[str]) -> None:
@@ -256,7 +255,7 @@ def test_vectors_come_back_in_the_order_of_the_rows(small: Encoder, texts: list[
 @pytest.mark.parametrize(
     "config", [{"batch_size": 1}, {"batch_size": 3}, {"token_budget": 20}, {"token_budget": 9_999}]
 )
-def test_batches_change_the_speed_and_not_the_vectors(
+def test_batch_limits_do_not_change_the_vectors(
     tiny: Path, small: Encoder, texts: list[str], config: dict[str, int]
 ) -> None:
     assert np.allclose(vectors_of(encoder_of(tiny, **config), texts), vectors_of(small, texts), atol=1e-5)
@@ -286,7 +285,7 @@ def test_one_thread_may_tokenize_while_another_encodes(small: Encoder, texts: li
     assert small.encode(windows[-1]).vectors.tobytes() == expected
 
 
-def test_stopping_is_looked_at_between_batches(tiny: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_takes_effect_between_batches(tiny: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = encoder_of(tiny, batch_size=2)
     shapes = spy(monkeypatch, encoder._engine)
     with pytest.raises(Stopped):
@@ -295,11 +294,11 @@ def test_stopping_is_looked_at_between_batches(tiny: Path, texts: list[str], mon
 
 
 def spy(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> list[tuple[int, int]]:
-    """The (rows, width) of every batch from here on."""
+    """Record the (rows, width) of every batch from now on."""
     shapes: list[tuple[int, int]] = []
     launch = engine.launch
 
-    def spied(features: Features, rows: np.ndarray) -> Flight:
+    def spied(features: Features, rows: np.ndarray) -> InFlight:
         shapes.append(tuple(features["input_ids"].shape))
         return launch(features, rows)
 
@@ -315,11 +314,11 @@ def small_memory(monkeypatch: pytest.MonkeyPatch, engine: Engine, holds_tokens: 
     tried: list[tuple[int, int]] = []
     launch, device = engine.launch, torch.device("cpu")
 
-    def launched(features: Features, rows: np.ndarray) -> Flight:
+    def launched(features: Features, rows: np.ndarray) -> InFlight:
         tried.append(tuple(features["input_ids"].shape))
         if features["input_ids"].numel() > holds_tokens:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        named, engine.device = engine.device, device  # computes here, whatever it is called
+        named, engine.device = engine.device, device  # compute on the CPU, whatever device it claims to be
         try:
             return launch(features, rows)
         finally:
@@ -330,7 +329,7 @@ def small_memory(monkeypatch: pytest.MonkeyPatch, engine: Engine, holds_tokens: 
 
 
 def test_only_the_batch_that_does_not_fit_is_split_and_later_ones_are_smaller(
-    tiny: Path, small: Encoder, texts: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny: Path, small: Encoder, texts: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     many = texts * 8
     encoder = encoder_of(tiny, token_budget=8_000)
@@ -340,7 +339,7 @@ def test_only_the_batch_that_does_not_fit_is_split_and_later_ones_are_smaller(
     assert len(failed) == 1
     assert encoder.token_budget == failed[0] // 2
     assert tried[1][0] + tried[2][0] == tried[0][0]
-    assert "out of memory" in caplog.text
+    assert "out of memory" in capfd.readouterr().err
     tried.clear()
     vectors_of(encoder, many)
     assert max(rows * width for rows, width in tried) <= 4_100
@@ -359,7 +358,7 @@ def test_a_batch_is_halved_down_to_single_rows(
 
 
 def test_a_row_that_does_not_fit_alone_is_computed_on_the_cpu(
-    tiny: Path, small: Encoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny: Path, small: Encoder, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     encoder = encoder_of(tiny, dtype="bfloat16")
     small_memory(monkeypatch, encoder._engine, 100)
@@ -368,7 +367,7 @@ def test_a_row_that_does_not_fit_alone_is_computed_on_the_cpu(
     ours = vectors_of(encoder, texts)
     assert np.allclose(ours[0], vectors_of(small, texts)[0], atol=1e-5)  # float32, on the CPU
     assert_same_directions(ours, vectors_of(small, texts), least=0.999)
-    assert "302 tokens does not fit on cuda" in caplog.text
+    assert "302 tokens does not fit on cuda" in capfd.readouterr().err
 
 
 def test_a_row_that_does_not_fit_on_the_cpu_ends_with_a_remedy(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,12 +377,12 @@ def test_a_row_that_does_not_fit_on_the_cpu_ends_with_a_remedy(tiny: Path, monke
         encoder.encode(encoder.tokenize(["mar", "mar " * 300]))
 
 
-def test_what_a_failed_batch_held_is_free_before_the_next_try(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_of_a_failed_batch_is_freed_before_the_next_try(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = encoder_of(tiny)
     held: list[weakref.ref[torch.Tensor]] = []
     launch = encoder._engine.launch
 
-    def launched(features: Features, rows: np.ndarray) -> Flight:
+    def launched(features: Features, rows: np.ndarray) -> InFlight:
         assert all(tensor() is None for tensor in held)
         if len(rows) > 1:
             activations = torch.zeros(4)
@@ -400,10 +399,10 @@ def test_what_a_failed_batch_held_is_free_before_the_next_try(tiny: Path, monkey
     assert len(held) == 2
 
 
-def test_other_runtime_errors_are_not_taken_for_a_lack_of_memory(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_runtime_errors_are_not_treated_as_out_of_memory(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = encoder_of(tiny)
 
-    def broken(features: Features, rows: np.ndarray) -> Flight:
+    def broken(features: Features, rows: np.ndarray) -> InFlight:
         raise RuntimeError("CUDA error: device-side assert triggered")
 
     monkeypatch.setattr(encoder._engine, "launch", broken)
@@ -411,7 +410,7 @@ def test_other_runtime_errors_are_not_taken_for_a_lack_of_memory(tiny: Path, mon
         encoder.encode(encoder.tokenize(["mar"]))
 
 
-# Vectors that are no vectors
+# Invalid vectors
 
 
 def overflow_in_half_precision(model: Any) -> None:
@@ -427,10 +426,10 @@ def test_rows_that_overflow_in_half_precision_are_computed_in_float32(
     assert_same_directions(vectors_of(encoder, texts), peer(model).encode_document(texts))
 
 
-def test_auto_leaves_half_precision_alone_for_a_model_that_overflows_in_it(
+def test_auto_uses_float32_for_a_model_that_overflows_in_half_precision(
     minilm: Path, tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choices, "dtype_for", lambda *_: torch.float16)
+    monkeypatch.setattr(resolve, "dtype_for", lambda *_: torch.float16)
     model = make_tiny(minilm, tmp_path / "loud", overflow_in_half_precision)
     encoder = encoder_of(model)
     assert encoder.dtype == encoder.identity["dtype"] == "float32"
@@ -441,12 +440,12 @@ def test_auto_leaves_half_precision_alone_for_a_model_that_overflows_in_it(
 def break_rows(monkeypatch: pytest.MonkeyPatch, dtypes: tuple[torch.dtype, ...], value: float, rows: list[int]) -> None:
     launch = Engine.launch
 
-    def launched(engine: Engine, features: Features, batch: np.ndarray) -> Flight:
-        flight = launch(engine, features, batch)
+    def launched(engine: Engine, features: Features, batch: np.ndarray) -> InFlight:
+        in_flight = launch(engine, features, batch)
         if engine.dtype in dtypes:
             with torch.inference_mode():
-                flight.vectors_BD[torch.from_numpy(np.isin(batch, rows))] = value
-        return flight
+                in_flight.vectors_BD[torch.from_numpy(np.isin(batch, rows))] = value
+        return in_flight
 
     monkeypatch.setattr(Engine, "launch", launched)
 
@@ -482,7 +481,7 @@ def test_a_row_broken_in_float32_too_gets_zeros_and_the_reason(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_vectors_of_any_length_are_checked_for_being_finite(
+def test_unnormalized_vectors_are_checked_for_being_finite(
     tiny: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
     encoder = encoder_of(tiny, normalize=False)
@@ -513,34 +512,42 @@ def test_damaged_weights_are_refused_at_the_start(minilm: Path, tmp_path: Path) 
             encoder_of(model, dtype=dtype)
 
 
-# Mistakes
+# Configuration mistakes
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"device": "tpu-please"}, r"--device 'tpu-please'.*pass cpu, cuda"),
-        ({"dtype": "int4"}, r"--dtype 'int4'.*float16"),
+        ({"device": "tpu-please"}, r"--device is 'tpu-please'.*pass cpu, cuda"),
+        ({"dtype": "int4"}, r"--dtype is 'int4'.*float16"),
         ({"prompt_name": "nada"}, r"--prompt-name 'nada'.*document, query.*--prompt TEXT"),
         ({"prompt": "a", "prompt_name": "query"}, r"pass one of the two"),
-        ({"prompt": "mar " * 600}, r"takes 512 of 512 tokens"),
-        ({"dimensions": 4096}, r"--dimensions 4096: the model gives 32"),
-        ({"dimensions": 0}, r"--dimensions 0.*positive"),
+        ({"prompt": "mar " * 600}, r"uses 512 of 512 tokens"),
+        ({"dimensions": 4096}, r"--dimensions 4096: the model has 32"),
+        ({"dimensions": 0}, r"--dimensions is '0'.*greater than or equal to 1"),
         ({"max_length": 513}, r"--max-length 513: .* at most 512"),
-        ({"max_length": 2}, r"--max-length 2: .*2 tokens of its own"),
-        ({"batch_size": -1}, r"--batch-size -1"),
-        ({"token_budget": 0}, r"--token-budget 0"),
+        ({"max_length": 2}, r"--max-length is '2'.*greater than or equal to 3"),
+        ({"batch_size": -1}, r"--batch-size is '-1'"),
+        ({"token_budget": 0}, r"--token-budget is '0'"),
     ],
 )
 def test_a_wrong_setting_is_refused_with_the_remedy(tiny: Path, config: dict[str, Any], message: str) -> None:
+    """Values that are wrong by themselves, and values that are wrong for this model."""
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in {"device": "cpu", **config}.items()]
     with pytest.raises(ConfigError, match=message):
-        Encoder(EncoderConfig(model=str(tiny), **{"device": "cpu", **config}))
+        Encoder(load(EmbedConfig, argv=[f"--model={tiny}", *flags], environ={}, hyperparameters={}))
+
+
+def test_a_max_length_that_leaves_only_special_tokens_is_refused(tiny: Path) -> None:
+    config = EmbedConfig(model=str(tiny), device="cpu").model_copy(update={"max_length": 2})
+    with pytest.raises(ConfigError, match=r"--max-length 2: .*2 tokens of its own"):
+        Encoder(config)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_cuda_without_a_gpu_is_refused_with_the_remedy(tiny: Path) -> None:
-    with pytest.raises(ConfigError, match=r"shows 0 CUDA devices.*--gpus all"):
-        Encoder(EncoderConfig(model=str(tiny), device="cuda"))
+    with pytest.raises(ConfigError, match=r"0 CUDA devices are visible.*--gpus all"):
+        Encoder(EmbedConfig(model=str(tiny), device="cuda"))
 
 
 @pytest.mark.parametrize(
@@ -549,13 +556,13 @@ def test_cuda_without_a_gpu_is_refused_with_the_remedy(tiny: Path) -> None:
         ("/nowhere/at/all", "no such directory"),
         ("./nowhere", "no such directory"),
         ("s3://bucket/model", "copy it to a directory"),
-        ("nobody/nothing", "hub did not give it.*--model DIRECTORY"),
-        ("not a name", "hub did not give it"),
+        ("nobody/nothing", "hub cannot provide it.*--model DIRECTORY"),
+        ("not a name", "hub cannot provide it"),
     ],
 )
-def test_a_model_that_is_not_there_is_refused_with_the_remedy(model: str, message: str) -> None:
+def test_a_missing_model_is_refused_with_the_remedy(model: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Encoder(EncoderConfig(model=model))
+        Encoder(EmbedConfig(model=model))
 
 
 def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
@@ -571,7 +578,7 @@ def test_a_directory_without_weights_is_refused(tiny: Path, copy_of: Callable[..
         encoder_of(model)
 
 
-def test_half_a_weights_file_is_refused(tiny: Path, copy_of: Callable[..., Path]) -> None:
+def test_a_truncated_weights_file_is_refused(tiny: Path, copy_of: Callable[..., Path]) -> None:
     model = copy_of(tiny)
     weights = model / "model.safetensors"
     half = weights.read_bytes()[:100_000]
@@ -619,10 +626,10 @@ def test_pickled_weights_work_and_pickled_code_does_not_run(
     assert not (model / "ran").exists()
 
 
-# What the model is
+# Identity
 
 
-def test_identity_follows_the_content_and_not_the_place(
+def test_identity_depends_on_the_content_and_not_on_the_location(
     small: Encoder, tiny: Path, minilm: Path, tmp_path: Path, copy_of: Callable[..., Path]
 ) -> None:
     assert small.identity["digest"].startswith("xxh3-128:")
@@ -653,21 +660,22 @@ def test_a_model_in_the_hubs_cache_loads_offline_and_its_commit_is_known(
     (folder / "refs" / "main").write_text(commit)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    encoder = Encoder(EncoderConfig(model="estiba/tiny", device="cpu"))
+    encoder = Encoder(EmbedConfig(model="estiba/tiny", device="cpu"))
     assert (encoder.identity["model"], encoder.identity["commit"]) == ("estiba/tiny", commit)
     assert encoder.identity["digest"] == small.identity["digest"]
     assert vectors_of(encoder, texts).tobytes() == vectors_of(small, texts).tobytes()
     with pytest.raises(ConfigError, match="at revision 'v9'"):
-        Encoder(EncoderConfig(model="estiba/tiny", revision="v9"))
+        Encoder(EmbedConfig(model="estiba/tiny", revision="v9"))
 
 
 QUIET = """
 import socket, sys
-def refuse(*_): raise SystemExit("a directory was given, and the network was tried")
+def refuse(*_): raise SystemExit("the model is a directory, but the network was used")
 socket.socket.connect = socket.getaddrinfo = refuse
-from embed.model import Encoder, EncoderConfig
+from embed.config import EmbedConfig
+from embed.model import Encoder
 for model in sys.argv[1:]:
-    encoder = Encoder(EncoderConfig(model=model, device="cpu"))
+    encoder = Encoder(EmbedConfig(model=model, device="cpu"))
     encoder.encode(encoder.tokenize(["Zarpamos al alba. " * 500, None, "mar"]))
 """
 
@@ -682,7 +690,7 @@ def test_a_healthy_run_prints_nothing_and_needs_no_network(minilm: Path, tiny: P
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_the_libraries_speak_again_after_a_load(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_libraries_log_again_after_a_load(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with contextlib.suppress(ConfigError):
         encoder_of(tiny.parent / "nowhere")
     encoder_of(tiny)
@@ -693,6 +701,6 @@ def test_the_libraries_speak_again_after_a_load(tiny: Path, capfd: pytest.Captur
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_half_precision_on_a_gpu_agrees_with_the_cpu(minilm: Path, encoder: Encoder, texts: list[str]) -> None:
-    on_gpu = Encoder(EncoderConfig(model=str(minilm), device="cuda"))
+    on_gpu = Encoder(EmbedConfig(model=str(minilm), device="cuda"))
     assert on_gpu.dtype == "float16"
     assert_same_directions(vectors_of(on_gpu, texts), vectors_of(encoder, texts), least=0.999)

@@ -1,4 +1,4 @@
-"""Token ids: the model's own, whatever the text, however little of it was tokenised."""
+"""Token ids: those of the model's own tokenizer for any text, even if only a prefix is tokenised."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from embed.cuts import VISIBLE, can_cut, safe_cut
-from embed.tokens import OwnTokens, Row, Status, read_window
+from embed.data.chunks import Status
+from embed.model.prefix import VISIBLE, can_cut, safe_cut
+from embed.model.tokens import FastTokens, Row, read_window
 
 MAX_LENGTH = 12
 LIKE = {"input_ids": torch.zeros(1, 1), "attention_mask": torch.zeros(1, 1), "modality": "text"}
@@ -59,7 +60,7 @@ def like_xlm_roberta() -> PreTrainedTokenizerFast:
     tokenizer = unigram(
         pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]), squeeze
     )
-    # XLM-R's own: it eats the white space before it.
+    # XLM-R has this one: it strips the whitespace before it.
     tokenizer.add_special_tokens({"mask_token": AddedToken("<mask>", lstrip=True, special=True)})
     return tokenizer
 
@@ -78,8 +79,8 @@ def like_modernbert() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def bert(minilm: Path, **how: str) -> PreTrainedTokenizerFast:
-    tokenizer: Any = AutoTokenizer.from_pretrained(minilm, **how)
+def bert(minilm: Path, **options: str) -> PreTrainedTokenizerFast:
+    tokenizer: Any = AutoTokenizer.from_pretrained(minilm, **options)
     return tokenizer
 
 
@@ -90,7 +91,7 @@ CUTTABLE: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "qwen": like_qwen,
     "xlm-roberta": like_xlm_roberta,
 }
-# Whitespace does not split in these, or something reaches across it.
+# These do not split at whitespace, or a rule or token spans it.
 WHOLE: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "no pre-tokenizer": lambda: unigram(None, normalizers.NFKC()),
     "metaspace unsplit": lambda: unigram(pre_tokenizers.Metaspace(split=False), normalizers.NFKC()),
@@ -101,21 +102,23 @@ WHOLE: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
 
 @pytest.fixture(scope="module")
 def tokenizers(minilm: Path) -> dict[str, PreTrainedTokenizerFast]:
-    made = {name: make() for name, make in (CUTTABLE | WHOLE).items()}
+    built = {name: make() for name, make in (CUTTABLE | WHOLE).items()}
     spanning = bpe(pre_tokenizers.ByteLevel())
     spanning.add_tokens([AddedToken("la mar")])
-    return made | {"bert": bert(minilm), "token with a space": spanning}
+    return built | {"bert": bert(minilm), "token with a space": spanning}
 
 
-def own(tokenizer: PreTrainedTokenizerFast, max_length: int = MAX_LENGTH, prompt: str = "") -> OwnTokens:
-    return OwnTokens(tokenizer, prompt, max_length, None, LIKE)
+def fast_tokens(tokenizer: PreTrainedTokenizerFast, max_length: int = MAX_LENGTH, prompt: str = "") -> FastTokens:
+    return FastTokens(tokenizer, prompt, max_length, None, LIKE)
 
 
-def agree(tokenizer: PreTrainedTokenizerFast, text: str, max_length: int = MAX_LENGTH, prompt: str = "") -> None:
-    """What we read of `text` is what the tokenizer gives for all of it."""
+def assert_same_ids(
+    tokenizer: PreTrainedTokenizerFast, text: str, max_length: int = MAX_LENGTH, prompt: str = ""
+) -> None:
+    """FastTokens returns the ids that the tokenizer returns for the whole text."""
     full = tokenizer([prompt + text], verbose=False)["input_ids"][0]
     cut = tokenizer([prompt + text], truncation="longest_first", max_length=max_length)["input_ids"][0]
-    (row,) = own(tokenizer, max_length, prompt).rows([text])
+    (row,) = fast_tokens(tokenizer, max_length, prompt).rows([text])
     if row is None:
         assert not tokenizer([text], add_special_tokens=False)["input_ids"][0]
         return
@@ -146,7 +149,7 @@ def test_a_prefix_gives_the_ids_of_the_whole_text(
     if any("\ud800" <= char <= "\udfff" for char in text):
         return
     for tokenizer in tokenizers.values():
-        agree(tokenizer, text, prompt=prompt)
+        assert_same_ids(tokenizer, text, prompt=prompt)
 
 
 LONG = {
@@ -168,49 +171,49 @@ LONG = {
 @pytest.mark.parametrize("name", LONG)
 def test_long_texts_of_every_kind_keep_their_ids(tokenizers: dict[str, PreTrainedTokenizerFast], name: str) -> None:
     for tokenizer in tokenizers.values():
-        agree(tokenizer, LONG[name], 24)
+        assert_same_ids(tokenizer, LONG[name], 24)
 
 
 @pytest.mark.parametrize("name", ["bert", *CUTTABLE])
-def test_a_long_document_is_not_tokenised_beyond_what_is_read(
+def test_a_long_document_is_tokenised_only_as_far_as_the_model_reads(
     tokenizers: dict[str, PreTrainedTokenizerFast], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokens = own(tokenizers[name], 256)
-    seen: list[int] = []
+    tokens = fast_tokens(tokenizers[name], 256)
+    lengths: list[int] = []
     real = tokens._tokenise
 
-    def noted(texts: list[str]) -> list[Row]:
-        seen.extend(map(len, texts))
+    def recorded(texts: list[str]) -> list[Row]:
+        lengths.extend(map(len, texts))
         return real(texts)
 
-    monkeypatch.setattr(tokens, "_tokenise", noted)
+    monkeypatch.setattr(tokens, "_tokenise", recorded)
     document = " ".join(SENTENCES * 600)
     assert len(document) > 350_000
     (row,) = tokens.rows([document])
     assert row is not None
     assert row.truncated
-    assert max(seen) < 10_000
+    assert max(lengths) < 10_000
     assert list(row.ids) == tokenizers[name]([document], truncation=True, max_length=256)["input_ids"][0]
 
 
 @pytest.mark.parametrize("name", [*WHOLE, "token with a space"])
-def test_where_whitespace_does_not_split_the_whole_text_is_tokenised(
+def test_a_tokenizer_that_does_not_split_at_whitespace_gets_the_whole_text(
     tokenizers: dict[str, PreTrainedTokenizerFast], name: str
 ) -> None:
     assert not can_cut(tokenizers[name].backend_tokenizer)
-    assert not own(tokenizers[name]).cuts
+    assert not fast_tokens(tokenizers[name]).cuts
 
 
 def test_left_truncation_reads_the_end_of_the_whole_text(minilm: Path) -> None:
     tokenizer = bert(minilm, truncation_side="left")
-    agree(tokenizer, " ".join(SENTENCES) * 50 + " fin")
+    assert_same_ids(tokenizer, " ".join(SENTENCES) * 50 + " fin")
 
 
-@given(text=TEXTS, wanted=st.integers(0, 400))
-def test_a_cut_stands_before_a_space_and_after_something_visible(text: str, wanted: int) -> None:
-    cut = safe_cut(text, wanted, 0)
+@given(text=TEXTS, max_chars=st.integers(0, 400))
+def test_a_cut_is_before_a_space_and_after_a_visible_character(text: str, max_chars: int) -> None:
+    cut = safe_cut(text, max_chars, 0)
     if cut is not None:
-        assert 0 < cut <= wanted
+        assert 0 < cut <= max_chars
         assert text[cut] == " "
         assert VISIBLE.match(text[cut - 1])
 
@@ -218,23 +221,23 @@ def test_a_cut_stands_before_a_space_and_after_something_visible(text: str, want
 @pytest.mark.parametrize(
     "text", ["", " \t\n", "\u00a0\u3000\u2028", "\u200b\u200d\ufeff", "\x00\x07", "\u3164", "\ufe0f"]
 )
-def test_what_nobody_can_see_is_empty(minilm: Path, text: str) -> None:
-    tokens = own(bert(minilm))
+def test_invisible_text_is_empty(minilm: Path, text: str) -> None:
+    tokens = fast_tokens(bert(minilm))
     assert read_window(tokens, [text]).status.tolist() == [Status.EMPTY]
     assert read_window(tokens, [text.encode()]).status.tolist() == [Status.EMPTY]
 
 
 @pytest.mark.parametrize("prompt", ["", "passage: "])
-def test_a_text_that_gives_no_token_of_its_own_is_empty_with_a_prompt_too(minilm: Path, prompt: str) -> None:
+def test_a_text_without_tokens_is_empty_even_with_a_prompt(minilm: Path, prompt: str) -> None:
     private = "\ue000\ue001"  # private use: BERT's normalizer drops it
-    window = read_window(own(bert(minilm), prompt=prompt), [private, "mar", "🙂"])
+    window = read_window(fast_tokens(bert(minilm), prompt=prompt), [private, "mar", "🙂"])
     assert window.status.tolist() == [Status.EMPTY, Status.OK, Status.OK]
     assert window.n_tokens[0] == 0
 
 
 def test_rows_are_padded_on_the_tokenizers_side(minilm: Path) -> None:
     for side, mask in (("right", [[1, 1, 1, 0], [1, 1, 1, 1]]), ("left", [[0, 1, 1, 1], [1, 1, 1, 1]])):
-        tokens = own(bert(minilm, padding_side=side))
+        tokens = fast_tokens(bert(minilm, padding_side=side))
         features = tokens.features(read_window(tokens, ["mar", None, "mar mar"]), np.array([0, 2]), 1)
         assert features["attention_mask"].tolist() == mask
         assert features["modality"] == "text"

@@ -1,4 +1,4 @@
-"""A real sentence-transformers model small enough to make here: one layer, 32 wide, random weights, fixed seed."""
+"""A small real sentence-transformers model, built by the tests: one layer, width 32, random weights, fixed seed."""
 
 from __future__ import annotations
 

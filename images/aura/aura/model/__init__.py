@@ -1,0 +1,1 @@
+"""The model: `decoder` (the network), `cross_entropy` (its loss), `optimizer`."""

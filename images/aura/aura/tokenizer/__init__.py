@@ -1,0 +1,1 @@
+"""Tokenizers: `loading` any of them, `sentencepiece_models` converted, `training` a Spanish one."""

@@ -1,1 +1,0 @@
-"""Where every trial lies in HDF5 files: found once, kept, and values made of bytes."""

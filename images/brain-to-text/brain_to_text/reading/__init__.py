@@ -1,1 +1,0 @@
-"""Trials from where they lie to batches: the plan, requests, caches, checks."""

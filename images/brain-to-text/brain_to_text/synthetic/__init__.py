@@ -1,0 +1,1 @@
+"""Synthetic recordings in the study's format."""

@@ -1,0 +1,1 @@
+"""What the job leaves behind: output files (`outputs`, `written`) and `results.json` (`results`)."""

@@ -1,0 +1,341 @@
+"""One output file: the input's columns and metadata plus the vectors of its chunks, written whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import xxhash
+
+from embed.artifacts.written import COUNTS_KEY, ENGINES_KEY, METADATA_KEY, Written
+from embed.config import EmbedConfig
+from embed.data.chunks import (
+    STATUS_WORDS,
+    Coverage,
+    RowRange,
+    Status,
+    computed_by,
+    file_key,
+    from_bytes,
+    key_of,
+    vector_type,
+)
+from embed.data.files import file_faults, one_line
+from embed.data.identity import open_unchanged
+from embed.data.rows import record_batches
+from embed.data.table import Table
+from estiba.checkpoint import ChunkStore
+from estiba.errors import ConfigError, DataError, StoreError
+from estiba.storage import FileStore, Store
+from estiba.storage.local import MAX_NAME_BYTES
+
+GROUP_BYTES = 64 * 2**20
+"""Decoded bytes in a row group of the output, at most about this; the input's row groups may be larger."""
+BAD_ROWS_NAMED = 10
+RESULTS_NAME = re.compile(r"results(-[^/]+)?\.json")
+TOKENS_COLUMN = "tokens_aproximados"
+"""A column in the corpora of the tokenizer guide; results.json holds its sum, as the guide's own results do."""
+
+
+class ChunkLost(Exception):
+    """A chunk failed verification; its rows must be computed again."""
+
+    def __init__(self, row_range: RowRange) -> None:
+        super().__init__(row_range)
+        self.row_range = row_range
+
+
+class Abandoned(Exception):
+    """The job is stopping; the file is not written in this attempt."""
+
+
+@dataclass(kw_only=True)
+class Counts:
+    """Row counts of one file, by outcome."""
+
+    rows: int = 0
+    tokens: int = 0
+    truncated: int = 0
+    statuses: Counter[str] = field(default_factory=Counter)
+    bad_rows: list[int] = field(default_factory=list)
+    """Rows with an unknown token, counted from 0 in the file; at most ten."""
+    tokens_aproximados: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {**vars(self), "statuses": dict(sorted(self.statuses.items()))}
+
+
+def added_columns(config: EmbedConfig) -> list[str]:
+    """The names of the added columns. Raises ConfigError if two are the same."""
+    added = [config.embedding_column, config.status_column]
+    added += ["n_tokens"] * config.n_tokens + ["truncated"] * config.truncated
+    if len(set(added)) != len(added):
+        raise ConfigError(f"the added columns {added} need different names; see --embedding-column and --status-column")
+    return added
+
+
+def kept_columns(table: Table, config: EmbedConfig) -> list[str]:
+    """The input's columns that the output keeps."""
+    return table.schema.names if config.columns is None else config.columns
+
+
+def why_not_writable(table: Table, config: EmbedConfig) -> str | None:
+    """Why no output can be written from this file's columns and the added ones; None if it can."""
+    kept = kept_columns(table, config)
+    missing = [name for name in kept if name not in table.schema.names]
+    clash = [name for name in added_columns(config) if name in kept]
+    twice = sorted({name for name in kept if table.schema.names.count(name) > 1 or kept.count(name) > 1})
+    encrypted = sorted(table.encrypted.intersection(kept))
+    if missing:
+        return f"no column {missing[0]!r} to keep (found {sorted(table.schema.names)}); correct --columns"
+    if clash:
+        flags = {config.embedding_column: "--embedding-column", config.status_column: "--status-column"}
+        flag = flags.get(clash[0], "--columns")
+        return f"already has a column {clash[0]!r}; choose another name with {flag}, or leave it out with --columns"
+    if twice:
+        return f"has two columns with the same name {twice}; leave them out with --columns"
+    if encrypted:
+        return (
+            f"columns {encrypted} are encrypted, and decryption keys are not supported; leave them out with --columns"
+        )
+    return _why_not_kept(table, kept, config)
+
+
+def why_not_named(path: str, target: Store) -> str | None:
+    """Why no output can have this file's name; None if one can."""
+    if RESULTS_NAME.fullmatch(path):
+        return "has the name of the job's own results; rename it"
+    if isinstance(target, FileStore):
+        longest = max(len(os.fsencode(part)) for part in path.split("/"))
+        if longest > MAX_NAME_BYTES:
+            return f"its name has {longest} bytes, and a local output at most {MAX_NAME_BYTES} bytes; rename it"
+    return None
+
+
+def _why_not_kept(table: Table, kept: Sequence[str], config: EmbedConfig) -> str | None:
+    """Write an empty output and read its schema: every kept column must come back with its type and metadata."""
+    schema = _output_schema(table, kept, config, vector_type(1, config.embedding_dtype), {})
+    sink = pa.BufferOutputStream()
+    try:
+        with pq.ParquetWriter(sink, schema, **_encoding(schema, config)) as writer:
+            writer.write_table(schema.empty_table())
+        written = pq.read_schema(pa.BufferReader(sink.getvalue()))
+    except Exception as error:  # arrow's, for a type that parquet cannot hold
+        return f"its columns cannot be written ({one_line(error)}); leave out the one at fault with --columns"
+    for name in kept:
+        if not written.field(name).equals(schema.field(name), check_metadata=True):
+            kind, other = schema.field(name).type, written.field(name).type
+            return f"column {name!r} is {kind} and would become {other}; leave it out with --columns"
+    return None
+
+
+def write_output(
+    *,
+    source: Store,
+    target: Store,
+    table: Table,
+    coverage: Coverage,
+    chunks: ChunkStore,
+    config: EmbedConfig,
+    vector_type: pa.DataType,
+    provenance: dict[str, Any],
+    should_abandon: Callable[[], bool],
+) -> Written:
+    """Join a file's rows with its vectors. Raises ChunkLost, DataError, StoreError or Abandoned, leaving no file."""
+    kept = kept_columns(table, config)
+    schema = _output_schema(table, kept, config, vector_type, provenance)
+    counts, engines = Counts(), _Engines()
+    with target.writer(table.path) as raw:
+        hashed = _HashingFile(raw)
+        with (
+            pq.ParquetWriter(hashed, schema, **_encoding(schema, config)) as writer,
+            open_unchanged(source, table) as file,
+        ):
+            for row_group in range(len(table.row_group_rows)):
+                vectors = _VectorReader(chunks, file_key(table), coverage.ranges(row_group), engines.of(row_group))
+                held: list[pa.RecordBatch] = []
+                held_bytes = 0
+                for batch in _kept_batches(file, table, row_group, kept, vector_type):
+                    if should_abandon():
+                        raise Abandoned
+                    taken = vectors.take(batch.num_rows)
+                    with file_faults(table, row_group):
+                        joined = _join(batch, taken, schema, config, counts)
+                    held.append(joined)
+                    held_bytes += joined.nbytes
+                    if held_bytes >= GROUP_BYTES:
+                        writer.write_table(pa.Table.from_batches(held, schema))
+                        held, held_bytes = [], 0
+                if held:
+                    writer.write_table(pa.Table.from_batches(held, schema))
+            writer.add_key_value_metadata({ENGINES_KEY: json.dumps(engines.as_json(), sort_keys=True)})
+            writer.add_key_value_metadata({COUNTS_KEY: json.dumps(counts.as_json(), sort_keys=True)})
+        if counts.rows != table.rows:
+            raise DataError(f"{table.path}: {counts.rows} rows read where its footer says {table.rows}")
+    entry = target.head(table.path)
+    if entry is None or entry.size_bytes != hashed.size_bytes:
+        found = "nothing" if entry is None else f"{entry.size_bytes} bytes"
+        raise StoreError(
+            f"{target.url_of(table.path)}: {found} found after writing {hashed.size_bytes}; another job may "
+            "be writing there, so give this one its own --output-path"
+        )
+    return Written(
+        path=table.path,
+        identity=table.identity,
+        size_bytes=hashed.size_bytes,
+        digest=hashed.digest.hexdigest(),
+        etag=entry.etag,
+        counts=counts.as_json(),
+    )
+
+
+def _output_schema(
+    table: Table, kept: Sequence[str], config: EmbedConfig, vector_type: pa.DataType, provenance: dict[str, Any]
+) -> pa.Schema:
+    fields = [table.schema.field(name) for name in kept]
+    fields += [pa.field(config.embedding_column, vector_type), pa.field(config.status_column, pa.string())]
+    fields += [pa.field("n_tokens", pa.int32())] * config.n_tokens + [
+        pa.field("truncated", pa.bool_())
+    ] * config.truncated
+    own = {METADATA_KEY: json.dumps({**provenance, "source": table.identity}, sort_keys=True).encode()}
+    return pa.schema(fields, metadata={**(table.schema.metadata or {}), **own})
+
+
+def _encoding(schema: pa.Schema, config: EmbedConfig) -> dict[str, Any]:
+    """Byte-stream split and zstd for the floats, dictionaries for everything else (Parquet format, Encodings.md)."""
+    paths = _leaf_paths(schema)
+    before = schema.names.index(config.embedding_column)
+    vectors = paths[len(_leaf_paths(pa.schema([schema.field(index) for index in range(before)])))]
+    # A column may be named like the path of the vectors; the options cannot tell the two apart.
+    vector_paths = [vectors] if paths.count(vectors) == 1 else []
+    return {
+        "compression": "zstd",
+        "use_dictionary": [path for path in paths if path not in vector_paths],
+        "column_encoding": dict.fromkeys(vector_paths, "BYTE_STREAM_SPLIT"),
+        "write_statistics": [path for path in paths if path not in vector_paths],
+    }
+
+
+def _leaf_paths(schema: pa.Schema) -> list[str]:
+    """The options need leaf paths, which only a written schema has."""
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, schema):
+        pass
+    leaves = pq.ParquetFile(pa.BufferReader(sink.getvalue())).schema
+    return [leaves.column(index).path for index in range(len(leaves))]
+
+
+def _kept_batches(
+    file: BinaryIO, table: Table, row_group: int, kept: Sequence[str], vector_type: pa.DataType
+) -> Iterator[pa.RecordBatch]:
+    row_bytes = table.row_bytes[row_group] + vector_type.list_size * 4
+    for batch in record_batches(file, table, row_group, kept, row_bytes):
+        yield batch.select(list(kept))
+
+
+def _join(
+    batch: pa.RecordBatch, vectors: pa.RecordBatch, schema: pa.Schema, config: EmbedConfig, counts: Counts
+) -> pa.RecordBatch:
+    status = vectors.column("status")
+    words = pa.DictionaryArray.from_arrays(
+        status.cast(pa.int8()), pa.array([STATUS_WORDS[item] for item in Status])
+    ).cast(pa.string())
+    columns = [*batch.columns, vectors.column("vectors"), words]
+    columns += [vectors.column("n_tokens")] * config.n_tokens + [vectors.column("truncated")] * config.truncated
+    if len(counts.bad_rows) < BAD_ROWS_NAMED:
+        bad = np.flatnonzero(status.to_numpy() == Status.UNKNOWN_TOKEN)[: BAD_ROWS_NAMED - len(counts.bad_rows)]
+        counts.bad_rows += [counts.rows + int(row) for row in bad]
+    counts.rows += batch.num_rows
+    counts.tokens += pc.sum(vectors.column("n_tokens")).as_py() or 0
+    counts.truncated += pc.sum(vectors.column("truncated")).as_py() or 0
+    for item in pc.value_counts(status).to_pylist():
+        counts.statuses[STATUS_WORDS[Status(item["values"])]] += item["counts"]
+    if TOKENS_COLUMN in batch.schema.names and pa.types.is_integer(batch.column(TOKENS_COLUMN).type):
+        counts.tokens_aproximados = (counts.tokens_aproximados or 0) + (
+            pc.sum(batch.column(TOKENS_COLUMN)).as_py() or 0
+        )
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+class _Engines:
+    """Which engines computed which row groups of the input."""
+
+    def __init__(self) -> None:
+        self._by_group: list[tuple[int, list[dict[str, Any]]]] = []
+
+    def of(self, row_group: int) -> list[dict[str, Any]]:
+        """The list to which the row group's engines are added."""
+        self._by_group.append((row_group, []))
+        return self._by_group[-1][1]
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """Half-open ranges of row groups with the same engines."""
+        ranges: list[dict[str, Any]] = []
+        for row_group, engines in self._by_group:
+            if ranges and ranges[-1]["engines"] == engines:
+                ranges[-1]["row_groups"][1] = row_group + 1
+            else:
+                ranges.append({"row_groups": [row_group, row_group + 1], "engines": engines})
+        return ranges
+
+
+class _VectorReader:
+    """The vectors of a row group in row order, with one chunk in memory at a time."""
+
+    def __init__(
+        self, chunks: ChunkStore, file: str, ranges: Sequence[RowRange], engines: list[dict[str, Any]]
+    ) -> None:
+        """Adds the engines that computed the chunks to `engines`."""
+        self._engines = engines
+        self._chunks, self._file, self._ranges = chunks, file, iter(ranges)
+        self._batch: pa.RecordBatch | None = None
+        self._used = 0
+
+    def take(self, rows: int) -> pa.RecordBatch:
+        parts = []
+        while rows:
+            if self._batch is None or self._used == self._batch.num_rows:
+                row_range = next(self._ranges)
+                data = self._chunks.load(key_of(self._file, row_range))
+                if data is None:
+                    raise ChunkLost(row_range)
+                batch = from_bytes(data)
+                self._engines += [engine for engine in computed_by(batch) if engine not in self._engines]
+                self._batch, self._used = batch.replace_schema_metadata(None), 0
+            part = self._batch.slice(self._used, rows)
+            self._used += part.num_rows
+            rows -= part.num_rows
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else pa.concat_batches(parts)
+
+
+class _HashingFile(io.RawIOBase):
+    """A write-only file that tracks its size and digest (xxh3-128)."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.digest = xxhash.xxh3_128()
+        self.size_bytes = 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data)
+        self.digest.update(view)
+        self._file.write(view)
+        self.size_bytes += view.nbytes
+        return view.nbytes
+
+    def tell(self) -> int:
+        return self.size_bytes
+
+    def writable(self) -> bool:
+        return True

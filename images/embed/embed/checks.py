@@ -1,0 +1,72 @@
+"""What can be checked before the model is loaded: the environment, the job's locations, and whether they answer."""
+
+from __future__ import annotations
+
+import os
+import re
+from itertools import combinations
+from pathlib import Path
+
+from embed.config import EmbedConfig
+from estiba.errors import ConfigError, StoreError
+from estiba.paths import writable
+from estiba.platform.stop import seconds
+from estiba.prices import price_of
+from estiba.storage import FileStore, Store, open_store
+
+
+def check_environment() -> None:
+    """Raise ConfigError if a variable of the job layer cannot be used; it would be read only after the model."""
+    for name in ("ESTIBA_LOG_INTERVAL_S", "ESTIBA_STOP_GRACE_S", "ESTIBA_MAX_RUNTIME_S"):
+        seconds(os.environ, name)
+    name = "ESTIBA_PRICE_USD_PER_H"
+    value = os.environ.get(name, "").strip()
+    if value and not ((price := price_of("any")) is not None and 0 <= price.usd_per_h < float("inf")):
+        raise ConfigError(f"environment variable {name} is {value!r}: must be a number of dollars, such as 0.526")
+
+
+def locations_of(config: EmbedConfig) -> dict[str, str]:
+    locations = {"--input-path": config.input_path, "--output-path": config.output_path}
+    if not config.no_checkpoint:
+        locations["--checkpoint-path"] = config.checkpoint_path
+    return locations
+
+
+def check_locations(config: EmbedConfig) -> None:
+    """Raise ConfigError if one of the job's locations contains another, so that it would read its own output."""
+    for (flag, first), (other_flag, second) in combinations(locations_of(config).items(), 2):
+        a, b = _comparable(first), _comparable(second)
+        if a == b or a.startswith(b + "/") or b.startswith(a + "/"):
+            raise ConfigError(f"{flag} {first} and {other_flag} {second} overlap; give each a separate location")
+
+
+def _comparable(location: str) -> str:
+    return location.rstrip("/") if "://" in location and not location.startswith("file:") else open_store(location).url
+
+
+def check_buckets(config: EmbedConfig) -> None:
+    """Raise ConfigError if a bucket does not exist or there are no credentials for it."""
+    for flag, location in {**locations_of(config), "--model": config.model}.items():
+        if location.startswith("s3://"):
+            answering(flag, location)
+
+
+def answering(flag: str, location: str) -> None:
+    """Send the first request. A bucket or credentials that do not exist are the configuration's fault."""
+    try:
+        open_store(location).list(".estiba")  # a HEAD request does not tell a missing bucket from a missing object
+    except StoreError as error:
+        text = str(error)
+        if re.search(r"NoSuchBucket|credentials|InvalidAccessKeyId|AWS_PROFILE", text):
+            bucket = location.partition("://")[2].partition("/")[0]
+            raise ConfigError(f"{flag} {location}: bucket {bucket!r} cannot be used: {text}") from error
+        raise
+
+
+def check_writable(store: Store, flag: str) -> None:
+    """Raise ConfigError now rather than after an hour. S3 is not probed, since that needs permission to delete."""
+    if isinstance(store, FileStore):
+        part = next((each for each in (store.root, *store.root.parents) if each.exists()), Path("/"))
+        if not part.is_dir():
+            raise ConfigError(f"{flag} {store.root}: {part} is a file, and a directory is needed; name another one")
+        writable(store.root, flag)

@@ -1,0 +1,238 @@
+"""Chunks: the vectors of one row range, saved under a key that a resume can find, and the rows of a file they cover."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from embed.data.table import Table
+
+_KEY = re.compile(r"(?P<file>[0-9a-f]{16})/(?P<group>\d+)-(?P<start>\d+)-(?P<rows>\d+)")
+
+
+PARTIAL = "-partial"
+PENDING = 255
+"""The status of a row in a partial chunk that is not computed yet."""
+COMPUTED_BY = b"computed_by"
+
+
+class Status(IntEnum):
+    """Why a row has a vector or has none. The output column holds `STATUS_WORDS[status]`."""
+
+    OK = 0
+    NULL = 1
+    EMPTY = 2
+    INVALID_UTF8 = 3
+    NOT_FINITE = 4
+    UNKNOWN_TOKEN = 5
+
+
+STATUS_WORDS: dict[Status, str] = {
+    Status.OK: "ok",
+    Status.NULL: "null",
+    Status.EMPTY: "empty",
+    Status.INVALID_UTF8: "invalid utf-8",
+    Status.NOT_FINITE: "not finite",
+    Status.UNKNOWN_TOKEN: "unknown token",
+}
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class RowRange:
+    """Rows [start, start + rows) of a row group."""
+
+    row_group: int
+    start: int
+    rows: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """The rows of one row group that have no vectors yet."""
+
+    table: Table
+    row_group: int
+    missing: tuple[tuple[int, int], ...]
+    """Half-open row ranges, in order."""
+    partials: tuple[tuple[str, str], ...] = ()
+    """Key and name of the partial chunks of its ranges."""
+
+
+class Coverage:
+    """The rows of a file that have saved vectors."""
+
+    def __init__(self, table: Table, ranges: Iterable[RowRange] = ()) -> None:
+        self._table = table
+        self._ranges: list[dict[int, RowRange]] = [{} for _ in table.row_group_rows]
+        for item in sorted(ranges):
+            self.add(item)
+
+    def add(self, new: RowRange) -> bool:
+        """Add a range. Returns False, and adds nothing, if it overlaps another one or names rows that do not exist."""
+        rows = self._table.row_group_rows
+        if new.row_group >= len(rows) or new.rows < 1 or new.end > rows[new.row_group]:
+            return False
+        ranges = self._ranges[new.row_group]
+        if any(other.start < new.end and new.start < other.end for other in ranges.values()):
+            return False
+        ranges[new.start] = new
+        return True
+
+    def remove(self, old: RowRange) -> None:
+        self._ranges[old.row_group].pop(old.start, None)
+
+    def ranges(self, row_group: int) -> list[RowRange]:
+        return sorted(self._ranges[row_group].values())
+
+    def gaps(self, row_group: int) -> tuple[tuple[int, int], ...]:
+        """The half-open ranges of rows that are missing."""
+        gaps, position = [], 0
+        for item in self.ranges(row_group):
+            if item.start > position:
+                gaps.append((position, item.start))
+            position = item.end
+        if position < self._table.row_group_rows[row_group]:
+            gaps.append((position, self._table.row_group_rows[row_group]))
+        return tuple(gaps)
+
+    def tasks(self) -> list[Task]:
+        groups = range(len(self._table.row_group_rows))
+        return [
+            Task(table=self._table, row_group=group, missing=gaps) for group in groups if (gaps := self.gaps(group))
+        ]
+
+    @property
+    def rows_done(self) -> int:
+        return sum(item.rows for ranges in self._ranges for item in ranges.values())
+
+    @property
+    def is_complete(self) -> bool:
+        return self.rows_done == self._table.rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """A loaded model, described for another process."""
+
+    identity: dict[str, str]
+    """What the vectors depend on; see the README's "Provenance"."""
+    dimensions: int
+    """Width of a vector."""
+    device: str
+    dtype: str
+    token_budget: int
+    """Largest number of padded tokens in a batch."""
+
+
+# --- keys ----------------------------------------------------------------------------------------------------------
+
+
+def file_key(table: Table) -> str:
+    """The key of a file's chunks. It changes with the file's path and content, so stale chunks are never used."""
+    return xxhash.xxh3_128_hexdigest(f"{table.path}\0{table.identity}".encode("utf-8", "surrogateescape"))[:16]
+
+
+def key_of(file: str, rows: RowRange) -> str:
+    return f"{file}/{rows.row_group:06d}-{rows.start:012d}-{rows.rows:08d}"
+
+
+def partial_key_of(file: str, rows: RowRange) -> str:
+    """The key of a range of which only some rows are computed yet."""
+    return f"{key_of(file, rows)}{PARTIAL}"
+
+
+def range_of(key: str) -> RowRange | None:
+    """The row range in a chunk's key; None if it is not such a key."""
+    match = _KEY.fullmatch(key)
+    if match is None:
+        return None
+    return RowRange(row_group=int(match["group"]), start=int(match["start"]), rows=int(match["rows"]))
+
+
+# --- contents ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """The vectors of a window of rows, in the window's order."""
+
+    vectors: np.ndarray
+    """float32[rows, dimensions]; zeros where status is not OK."""
+    status: np.ndarray
+    """uint8[rows], a Status each."""
+    n_tokens: np.ndarray
+    """int32[rows], special tokens included; 0 if not OK."""
+    truncated: np.ndarray
+    """bool[rows]: the model read only the beginning."""
+    padded_tokens: int
+    """Tokens computed, padding and repeated batches included."""
+
+    @property
+    def rows_done(self) -> int:
+        """Rows with text that have a vector; fewer than all in a partial chunk."""
+        return int((self.status == Status.OK).sum())
+
+
+def vector_type(dimensions: int, dtype: str) -> pa.DataType:
+    return pa.list_(pa.float16() if dtype == "float16" else pa.float32(), dimensions)
+
+
+def to_bytes(encoded: Encoded, dtype: str, computed_by: Sequence[Mapping[str, Any]] = ()) -> bytes:
+    """Arrow IPC, with the engines that computed it in the schema.
+
+    A row whose status is not OK has a null vector; values keep their order and bits.
+    """
+    dimensions = encoded.vectors.shape[1]
+    values = np.ascontiguousarray(encoded.vectors, dtype=np.float16 if dtype == "float16" else np.float32)
+    vectors = pa.FixedSizeListArray.from_arrays(
+        pa.array(values.reshape(-1)), dimensions, mask=pa.array(encoded.status != Status.OK)
+    )
+    batch = pa.record_batch(
+        {
+            "vectors": vectors.cast(vector_type(dimensions, dtype)),
+            "status": pa.array(encoded.status, pa.uint8()),
+            "n_tokens": pa.array(encoded.n_tokens, pa.int32()),
+            "truncated": pa.array(encoded.truncated, pa.bool_()),
+        }
+    )
+    if computed_by:
+        batch = batch.replace_schema_metadata({COMPUTED_BY: json.dumps(list(computed_by), sort_keys=True)})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+def from_bytes(data: bytes) -> pa.RecordBatch:
+    """The batch that `to_bytes` wrote; zero-copy over `data`."""
+    return pa.ipc.open_stream(pa.py_buffer(data)).read_next_batch()
+
+
+def computed_by(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """The engines that computed a chunk; empty for a chunk of an earlier version."""
+    return json.loads((batch.schema.metadata or {}).get(COMPUTED_BY, b"[]"))
+
+
+def encoded_from(data: bytes) -> Encoded:
+    """A partial chunk as the encoder left it."""
+    batch = from_bytes(data)
+    vectors = batch.column("vectors")
+    return Encoded(
+        vectors=vectors.values.to_numpy().astype(np.float32).reshape(len(vectors), -1),
+        status=batch.column("status").to_numpy().copy(),
+        n_tokens=batch.column("n_tokens").to_numpy(),
+        truncated=batch.column("truncated").to_numpy(zero_copy_only=False),
+        padded_tokens=0,
+    )

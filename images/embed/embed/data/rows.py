@@ -1,0 +1,155 @@
+"""Rows of a parquet file: record batches in bounded memory, and the text column cut into ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from embed.data.chunks import RowRange, Task
+from embed.data.files import READ_AS, file_faults
+from embed.data.identity import open_unchanged, require_same
+from embed.data.table import Table
+from estiba.errors import DataError
+from estiba.storage import Store
+
+SCAN_BYTES = 4 * 2**20
+"""Target size of a decoded record batch."""
+SCAN_ROWS = 1024
+"""Bounds a record batch whose rows decode to far more than the footer says, as dictionary-encoded rows do."""
+READ_BUFFER_BYTES = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRange:
+    """The text of consecutive rows of one row group."""
+
+    row_group: int
+    start: int
+    """First row, counted from the start of the row group."""
+    texts: list[str | bytes | None]
+    """bytes if a row is not UTF-8."""
+
+    @property
+    def row_range(self) -> RowRange:
+        return RowRange(row_group=self.row_group, start=self.start, rows=len(self.texts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RangeLimits:
+    """How large a text range may grow. Its end depends only on the rows and these limits, so a rerun cuts it again."""
+
+    rows: int
+    characters: int
+    """Characters of a row beyond `row_characters` do not count: the model will not see them."""
+    row_characters: int
+    raw_bytes: int = 16 * 2**20
+
+    def rows_in(self, row_group_rows: int) -> int:
+        """At most half a row group, if half of it is enough for a batch.
+
+        The range being saved and the range being computed are then together at most one row group of work.
+        """
+        return min(self.rows, row_group_rows if row_group_rows < 128 else -(-row_group_rows // 2))
+
+
+def record_batches(
+    file: BinaryIO,
+    table: Table,
+    row_group: int,
+    columns: Sequence[str],
+    row_bytes: int | None = None,
+    int96_unit: str | None = None,
+) -> Iterator[pa.RecordBatch]:
+    """A row group in small record batches, decoded page by page, so memory does not grow with the row group.
+
+    Raises DataError if the pages are corrupt, or hold another number of rows than the footer says.
+    """
+    rows = max(1, min(SCAN_ROWS, SCAN_BYTES // (row_bytes or table.row_bytes[row_group])))
+    found, expected = 0, table.row_group_rows[row_group]
+    with file_faults(table, row_group):
+        parquet = pq.ParquetFile(
+            file,
+            metadata=table.metadata,
+            pre_buffer=False,
+            buffer_size=READ_BUFFER_BYTES,
+            coerce_int96_timestamp_unit=int96_unit or table.int96_unit,
+            **READ_AS,
+        )
+        for batch in parquet.iter_batches(
+            batch_size=rows, row_groups=[row_group], columns=list(columns), use_threads=False
+        ):
+            found += batch.num_rows
+            if found > expected:
+                break
+            yield batch
+    if found != expected:
+        more = "more than " if found > expected else ""
+        raise DataError(
+            f"{table.path}: corrupt at row group {row_group}: it holds {more}{min(found, expected)} rows where its "
+            f"footer says {expected}"
+        )
+
+
+def text_ranges(store: Store, task: Task, column: str, limits: RangeLimits) -> Iterator[TextRange]:
+    """The rows of a task, cut into text ranges. Raises DataError if the file is corrupt or was changed.
+
+    The row group is read to its end, even if its last rows are not missing: only then is it known to be sound.
+    """
+    table, row_group, missing = task.table, task.row_group, iter(task.missing)
+    limit = limits.rows_in(table.row_group_rows[row_group])
+    gap = next(missing, None)
+    texts: list[str | bytes | None] = []
+    characters = raw = position = 0
+    with open_unchanged(store, table) as file:
+        for batch in record_batches(file, table, row_group, [column]):
+            first, position = position, position + batch.num_rows
+            if gap is None or position <= gap[0]:
+                continue
+            with file_faults(table, row_group):
+                values = _texts(_text_column(batch, column))
+            for row, text in enumerate(values, start=first):
+                if gap is None or row < gap[0]:
+                    continue
+                texts.append(text)
+                size = 0 if text is None else len(text)
+                characters += min(size, limits.row_characters)
+                raw += size
+                end = row + 1
+                is_full = len(texts) >= limit or characters >= limits.characters or raw >= limits.raw_bytes
+                if is_full or end == gap[1]:
+                    require_same(file, table)  # a chunk of another text must not be saved under this identity
+                    yield TextRange(row_group=row_group, start=end - len(texts), texts=texts)
+                    texts, characters, raw = [], 0, 0
+                    if end == gap[1]:
+                        gap = next(missing, None)
+
+
+def _text_column(batch: pa.RecordBatch, column: str) -> pa.Array:
+    if column in batch.schema.names:
+        array = batch.column(column)
+    else:
+        head, *rest = column.split(".")
+        array = batch.column(head)
+        for name in rest:
+            array = pc.struct_field(array, name)
+    if isinstance(array, pa.ExtensionArray):
+        array = array.storage
+    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+
+
+def _texts(array: pa.Array) -> list[str | bytes | None]:
+    """Python strings; a value that is not UTF-8 stays bytes, since parquet files may hold anything."""
+    if pa.types.is_null(array.type):
+        return [None] * len(array)
+    texts: list[str | bytes | None] = []
+    for value in array.cast(pa.large_binary()).to_pylist():
+        try:
+            texts.append(None if value is None else value.decode("utf-8"))
+        except UnicodeDecodeError:
+            texts.append(value)
+    return texts

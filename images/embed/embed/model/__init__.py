@@ -1,0 +1,10 @@
+"""The model: texts to vectors.
+
+Read `encoder` first. `batches` decides which rows share a batch, `tokens` and `prefix` turn texts into token ids,
+`forward` runs one batch, `loading` finds and loads a model, `resolve` applies the settings to it.
+"""
+
+from embed.data.chunks import STATUS_WORDS, Encoded, ModelInfo, Status
+from embed.model.encoder import BatchDone, Encoder, Stopped
+
+__all__ = ["STATUS_WORDS", "BatchDone", "Encoded", "Encoder", "ModelInfo", "Status", "Stopped"]

@@ -1,0 +1,362 @@
+"""Texts to vectors: those of SentenceTransformer.encode_document, with less padding and every vector checked.
+
+encoder = Encoder(EmbedConfig(model="BAAI/bge-m3"))
+window = encoder.tokenize(["Zarpamos al alba.", None, ""])      # CPU work, safe in another thread
+encoded = encoder.encode(window)                                 # vectors float32[3, 1024], status 0 1 2
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from embed.config import EmbedConfig
+from embed.data.chunks import PENDING, Encoded, ModelInfo, Status
+from embed.model import loading, resolve
+from embed.model.batches import default_token_budget, pack
+from embed.model.forward import Engine, InFlight, cpu_name, is_out_of_memory
+from embed.model.resolve import NO_LIMIT
+from embed.model.tokens import Window, read_window, tokens_for
+from estiba.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+MIN_TOKEN_BUDGET = 512
+"""Running out of memory does not shrink the budget below this; single batches are still split."""
+
+
+SENTENCES = (
+    "Zarpamos al alba, con la bodega bien estibada.",
+    "The price of wheat rose by 12% in 1887.",
+    "我们明天去港口。",
+)
+"""Several scripts, since a model of one language may know no word of another."""
+
+
+class Stopped(Exception):
+    """`should_stop` returned true between two batches."""
+
+    def __init__(self, partial: Encoded) -> None:
+        super().__init__("stopped between two batches")
+        self.partial = partial
+        """The vectors of the finished batches; the status of the other rows is PENDING."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchDone:
+    """One batch of a window is finished."""
+
+    rows: int
+    """0 for a batch that is computed again."""
+    tokens: int
+    padded_tokens: int
+    snapshot: Callable[[], Encoded]
+    """The window so far, as in `Stopped.partial`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """A window while its batches are computed."""
+
+    window: Window
+    vectors: np.ndarray
+    done: np.ndarray
+    """bool[rows]: the row has a valid vector."""
+    snapshot: Callable[[], Encoded]
+    on_batch: Callable[[BatchDone], None]
+
+
+class Encoder:
+    """A loaded model. `tokenize` may run in one thread while `encode` runs in another."""
+
+    dimensions: int
+    max_length: int
+    """Tokens read of a text, special tokens included; NO_LIMIT if the model has no limit."""
+    device: str
+    dtype: str
+    prompt: str
+    """Put before every text."""
+    identity: dict[str, str]
+
+    def __init__(self, config: EmbedConfig) -> None:
+        """Load the model and embed one sentence. Raises ConfigError if a setting or the model cannot be used.
+
+        `config.model` is a directory or a name on the hub; the caller copies one from s3:// to a directory.
+        """
+        self.config = config
+        self._files = loading.find(config.model, config.revision)
+        device = resolve.device_for(config.device)
+        dtype = resolve.dtype_for(config.dtype, device)
+        self._fallback_engines: dict[str, Engine] = {}
+        self._use(self._load(device, dtype))
+        model = self._engine.model
+        limit = resolve.position_limit(model)
+        self.prompt = resolve.prompt_for(model, config)
+        max_length = resolve.set_max_length(model, config.max_length, limit)
+        self.max_length = max_length or NO_LIMIT
+        if self.prompt and (used := resolve.length_of(model, self.prompt)) >= self.max_length:
+            raise ConfigError(
+                f"the prompt {self.prompt!r:.80} uses {used} of {self.max_length} tokens and leaves none for the text; "
+                "shorten --prompt or raise --max-length"
+            )
+        self._tokens = tokens_for(model, self.prompt, max_length, limit)
+        self._known_ids = resolve.known_ids(model)
+        self.unknown_tokens = resolve.tokens_beyond(model, self._known_ids)
+        if self.unknown_tokens:
+            names = ", ".join(f"{token!r} ({id})" for token, id in list(self.unknown_tokens.items())[:3])
+            logger.warning(
+                "the embedding table has %d rows, and %d tokens of the tokenizer lie beyond it: %s%s; a row with "
+                "one of them gets no vector", self._known_ids, len(self.unknown_tokens), names,
+                ", ..." if len(self.unknown_tokens) > 3 else "",
+            )  # fmt: skip
+        self._check_sentences()
+        self.identity = {
+            "model": self._files.name,
+            "commit": self._files.commit or "",
+            "digest": f"xxh3-128:{loading.digest(self._files.directory)}",
+            "dtype": self.dtype,
+            "pooling": loading.pooling(model),
+            "prompt": self.prompt,
+            "max_length": str(max_length or ""),
+            "dimensions": str(self.dimensions),
+            "normalize": str(config.normalize).lower(),
+            **loading.versions(),
+        }
+
+    @property
+    def computed_by(self) -> dict[str, str | int]:
+        """What the last bits of a vector depend on, beside the model. Threads count on a CPU only."""
+        is_cpu = self._engine.device.type == "cpu"
+        return {
+            "engine": f"torch {torch.__version__}",
+            "dtype": self.dtype,
+            "hardware": cpu_name() if is_cpu else torch.cuda.get_device_name(self._engine.device),
+            "threads": torch.get_num_threads() if is_cpu else 0,
+        }
+
+    @property
+    def info(self) -> ModelInfo:
+        return ModelInfo(
+            identity=self.identity,
+            dimensions=self.dimensions,
+            device=self.device,
+            dtype=self.dtype,
+            token_budget=self.token_budget,
+        )
+
+    def tokenize(self, texts: Sequence[str | bytes | None]) -> Window:
+        """Classify and tokenise one window. Raises DataError on a value that is not text, bytes or None."""
+        return read_window(self._tokens, texts, self._known_ids)
+
+    def token_of(self, id: int) -> str:
+        """The text of a token that the embedding table lacks."""
+        return next((token for token, other in self.unknown_tokens.items() if other == id), "?")
+
+    def trim(self) -> None:
+        """Return cached device memory if little is left. Call it between files."""
+        self._engine.trim()
+
+    def encode(
+        self,
+        window: Window,
+        should_stop: Callable[[], bool] = lambda: False,
+        on_batch: Callable[[BatchDone], None] = lambda _: None,
+        prior: Encoded | None = None,
+    ) -> Encoded:
+        """The window's vectors: longest rows first, every vector checked, invalid ones computed again in float32.
+
+        On a CPU the same window gives the same bits. `prior` is what an earlier attempt had of it: its batches are the
+        same, and those it finished are not computed again. Raises Stopped between batches, and DataError if a single
+        row does not fit in memory.
+        """
+        vectors = np.zeros((len(window.status), self.dimensions), np.float32)
+        done = np.zeros(len(window.status), bool)
+        if prior is not None:
+            done = (prior.status == Status.OK) & (window.status == Status.OK)
+            vectors[done] = prior.vectors[done]
+        rows = np.flatnonzero(window.status == Status.OK)
+
+        def snapshot() -> Encoded:
+            status = np.where((window.status == Status.OK) & ~done, PENDING, window.status).astype(np.uint8)
+            return Encoded(
+                vectors=np.where(done[:, None], vectors, 0),
+                status=status,
+                n_tokens=window.n_tokens,
+                truncated=window.truncated,
+                padded_tokens=0,
+            )
+
+        work = _Work(window=window, vectors=vectors, done=done, snapshot=snapshot, on_batch=on_batch)
+        invalid, padded_tokens = self._encode_rows(self._engine, work, rows, should_stop)
+        if len(invalid) and self._engine.dtype != torch.float32:
+            # Half precision overflows on some texts with some models. Only these rows are computed again.
+            logger.info(
+                "%d of %d vectors overflowed in %s; using float32 for them", len(invalid), len(rows), self.dtype
+            )
+            invalid, more = self._encode_rows(self._float32_engine(), work, invalid, should_stop, is_again=True)
+            padded_tokens += more
+        status, n_tokens, truncated = window.status.copy(), window.n_tokens.copy(), window.truncated.copy()
+        vectors[invalid] = 0
+        status[invalid], n_tokens[invalid], truncated[invalid] = Status.NOT_FINITE, 0, False
+        return Encoded(
+            vectors=vectors, status=status, n_tokens=n_tokens, truncated=truncated, padded_tokens=padded_tokens
+        )
+
+    def _encode_rows(
+        self, engine: Engine, work: _Work, rows: np.ndarray, should_stop: Callable[[], bool], *, is_again: bool = False
+    ) -> tuple[np.ndarray, int]:
+        """Fill work.vectors[rows]. Returns the rows whose vector is invalid, and the padded tokens computed."""
+        window, done = work.window, work.done
+        batches = pack(window.n_tokens, rows, lambda: engine.token_budget, self.config.batch_size, engine.multiple)
+        halves: list[np.ndarray] = []  # of batches that did not fit in memory
+        invalid: list[np.ndarray] = []
+        padded_tokens = 0
+        in_flight: InFlight | None = None
+
+        def finish(batch: InFlight | None) -> int:
+            if batch is None:
+                return 0
+            work.vectors[batch.rows] = computed = batch.wait()
+            is_invalid = engine.invalid(computed)
+            invalid.append(batch.rows[is_invalid])
+            fresh = batch.rows[:0] if is_again else batch.rows[~done[batch.rows]]
+            done[batch.rows[~is_invalid]] = True
+            tokens = int(window.n_tokens[fresh].sum())
+            work.on_batch(
+                BatchDone(rows=len(fresh), tokens=tokens, padded_tokens=batch.padded_tokens, snapshot=work.snapshot)
+            )
+            return batch.padded_tokens
+
+        while (batch := halves.pop() if halves else next(batches, None)) is not None:
+            if done[batch].all():
+                continue
+            if should_stop():
+                finish(in_flight)
+                raise Stopped(work.snapshot())
+            launched = self._launch(engine, window, batch)
+            padded_tokens += finish(in_flight)  # wait for the previous batch while this one computes
+            in_flight = launched
+            if launched is None:
+                engine.free()
+                if len(batch) > 1:
+                    middle = (len(batch) + 1) // 2
+                    halves += [batch[middle:], batch[:middle]]
+                    self._shrink_budget(engine, window, batch)
+                else:
+                    in_flight = self._launch_alone(engine, window, batch)
+        padded_tokens += finish(in_flight)
+        return np.concatenate(invalid) if invalid else rows[:0], padded_tokens
+
+    def _launch(self, engine: Engine, window: Window, batch: np.ndarray) -> InFlight | None:
+        """None if memory ran out. The exception, whose frames hold the tensors, is freed when this returns."""
+        try:
+            return engine.launch(self._tokens.features(window, batch, engine.multiple), batch)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if not is_out_of_memory(error):
+                raise
+        return None
+
+    def _shrink_budget(self, engine: Engine, window: Window, batch: np.ndarray) -> None:
+        """Make later batches smaller, in this window and the next ones."""
+        computed = len(batch) * int(window.n_tokens[batch].max())
+        budget = max(MIN_TOKEN_BUDGET, computed // 2)
+        if budget < engine.token_budget:
+            logger.warning(
+                "out of memory on %s with %d rows (%d tokens); continuing with at most %d tokens in a batch",
+                engine.device, len(batch), computed, budget,
+            )  # fmt: skip
+            engine.token_budget = budget
+
+    def _launch_alone(self, engine: Engine, window: Window, row: np.ndarray) -> InFlight:
+        """Fall back to the CPU for a row that does not fit on the device: slow, but the job continues."""
+        tokens = int(window.n_tokens[row[0]])
+        if engine.device.type != "cpu":
+            logger.warning("a row of %d tokens does not fit on %s; computing it on the CPU", tokens, engine.device)
+            in_flight = self._launch(self._cpu_engine(), window, row)
+            if in_flight is not None:
+                return in_flight
+        raise DataError(
+            f"out of memory: row {row[0]} of the window, alone in its batch, has {tokens} tokens; "
+            f"lower --max-length (now {self.max_length}) or use a machine with more memory"
+        )
+
+    def _load(self, device: torch.device, dtype: torch.dtype) -> Engine:
+        config = self.config
+        model = loading.load(self._files, device=str(device), dtype=dtype, trust_remote_code=config.trust_remote_code)
+        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+        budget = config.token_budget or default_token_budget(device.type, memory)
+        width = config.dimensions or model.truncate_dim
+        return Engine(model, device, dtype, token_budget=budget, normalize=config.normalize, dimensions=width)
+
+    @property
+    def token_budget(self) -> int:
+        """The largest number of padded tokens in a batch; falls when memory runs out."""
+        return self._engine.token_budget
+
+    def _use(self, engine: Engine) -> None:
+        self._engine = engine
+        self.device = str(engine.device)
+        self.dtype = str(engine.dtype).removeprefix("torch.")
+
+    def _float32_engine(self) -> Engine:
+        """The model loaded again from its files, with exact weights; on the CPU if the device cannot hold both."""
+        if "float32" not in self._fallback_engines:
+            try:
+                engine = self._load(self._engine.device, torch.float32)
+                engine.token_budget = max(1, engine.token_budget // 4)  # twice the bytes per token, and two models
+                self._fallback_engines["float32"] = engine
+            except torch.OutOfMemoryError:
+                logger.warning(
+                    "the model in float32 does not fit on %s beside the %s one; using the CPU", self.device, self.dtype
+                )
+        return self._fallback_engines.get("float32") or self._cpu_engine()
+
+    def _cpu_engine(self) -> Engine:
+        if self._engine.device.type == "cpu" and self._engine.dtype == torch.float32:
+            return self._engine
+        if "cpu" not in self._fallback_engines:
+            self._fallback_engines["cpu"] = self._load(torch.device("cpu"), torch.float32)
+        return self._fallback_engines["cpu"]
+
+    def _check_sentences(self) -> None:
+        """Learn the width of a vector. Raise ConfigError if vectors are not finite, or do not tell sentences apart."""
+        resolve.refuse_unknown_words(self._engine.model, self.config.model, SENTENCES)
+        window = self.tokenize(SENTENCES)
+        rows = np.flatnonzero(window.status == Status.OK)
+        if not len(rows):
+            raise ConfigError(
+                f"model {self.config.model!r}: its tokenizer finds no token in a plain sentence; "
+                "the tokenizer's files do not belong to the model"
+            )
+
+        def is_invalid(engine: Engine) -> bool:
+            vectors_BD = engine.launch(self._tokens.features(window, rows, engine.multiple), rows).wait()
+            self.dimensions = vectors_BD.shape[1]
+            self._sample_BD = vectors_BD
+            return bool(engine.invalid(vectors_BD).any())
+
+        if is_invalid(self._engine):
+            if self._engine.dtype == torch.float32 or is_invalid(self._float32_engine()):
+                raise ConfigError(
+                    f"model {self.config.model!r}: its vector for a plain sentence is not finite, or is zero, in "
+                    "float32 too; the weights are damaged, download or save the model again"
+                )
+            if self.config.dtype == "auto":
+                logger.info("the model overflows in %s; using float32", self.dtype)
+                engine = self._float32_engine()
+                self._fallback_engines.clear()
+                engine.token_budget = self._engine.token_budget
+                self._use(engine)
+        noise = 1e-5 if self._engine.dtype == torch.float32 else 1e-3
+        if len(rows) > 1 and np.ptp(self._sample_BD, axis=0).max() <= noise * np.abs(self._sample_BD).max():
+            raise ConfigError(
+                f"model {self.config.model!r}: gives different sentences the same vector; its tokenizer or its weights "
+                "are not those it was trained with, download or save the model again"
+            )
+        requested = self.config.dimensions
+        if requested is not None and requested > self.dimensions:
+            raise ConfigError(f"--dimensions {requested}: the model has {self.dimensions}; pass that or fewer")

@@ -1,0 +1,135 @@
+"""The forward pass on one device: token tensors in, checked float32 vectors out.
+
+Shapes: B rows, T tokens per row, D embedding width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+
+from embed.model.tokens import TASK, Features
+
+TRIM_BELOW = 0.1
+UNIT_NORM_TOLERANCE = 1e-4
+"""One tolerance for every dtype, since vectors are scaled to unit length in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InFlight:
+    """A batch whose vectors are being copied to the host."""
+
+    rows: np.ndarray
+    """int64[B]: the rows of the window."""
+    vectors_BD: torch.Tensor
+    """float32[B, D] in host memory; complete once `copied` has happened."""
+    copied: torch.cuda.Event | None
+    padded_tokens: int
+
+    def wait(self) -> np.ndarray:
+        """Wait for the device. Returns float32[B, D]."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.vectors_BD.numpy()
+
+
+class Engine:
+    """A model on a device, and the token budget of its batches."""
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        token_budget: int,
+        normalize: bool,
+        dimensions: int | None,
+    ) -> None:
+        self.model = model
+        self.device = device
+        self.dtype = dtype
+        self.token_budget = token_budget
+        self.multiple = (
+            8 if device.type == "cuda" and dtype != torch.float32 else 1
+        )  # tensor cores work in multiples of eight
+        self._normalize = normalize
+        self._dimensions = dimensions
+
+    def launch(self, features: Features, rows: np.ndarray) -> InFlight:
+        """Start one batch. On CUDA this returns before the vectors are computed. Raises torch.OutOfMemoryError."""
+        padded_tokens = _padded_tokens(features)
+        on_device = {key: self._to_device(value) for key, value in features.items()}
+        with torch.inference_mode():
+            vectors_BD = self.model(on_device, task=TASK)["sentence_embedding"].float()
+            if self._dimensions is not None:
+                vectors_BD = vectors_BD[:, : self._dimensions]
+            if self._normalize:  # a zero vector stays zero: divided by 1e-12, not by 0
+                vectors_BD = torch.nn.functional.normalize(vectors_BD, p=2, dim=1)
+            copied = None
+            if self.device.type == "cuda":
+                on_host_BD = torch.empty(vectors_BD.shape, dtype=torch.float32, pin_memory=True)
+                on_host_BD.copy_(vectors_BD, non_blocking=True)
+                copied = torch.cuda.Event()
+                copied.record(torch.cuda.current_stream(self.device))
+                vectors_BD = on_host_BD
+        return InFlight(rows=rows, vectors_BD=vectors_BD, copied=copied, padded_tokens=padded_tokens)
+
+    def _to_device(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or self.device.type == "cpu":
+            return value
+        if self.device.type == "cuda":
+            return value.pin_memory().to(self.device, non_blocking=True)
+        return value.to(self.device)
+
+    def free(self) -> None:
+        """Return cached memory that no tensor uses to the device."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def trim(self) -> None:
+        """Free memory if little is left: a cache full of one file's shapes leaves too little for the next file's."""
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            if free < TRIM_BELOW * total:
+                self.free()
+
+    def invalid(self, vectors_BD: np.ndarray) -> np.ndarray:
+        """bool[B]: the vector is not finite, or should have unit length and does not (a zero vector, say)."""
+        invalid = ~np.isfinite(vectors_BD).all(axis=1)
+        if self._normalize:
+            with np.errstate(invalid="ignore", over="ignore"):
+                norms = np.sqrt(np.einsum("bd,bd->b", vectors_BD, vectors_BD))
+                invalid |= ~(np.abs(norms - 1) <= UNIT_NORM_TOLERANCE)
+        return invalid
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for an error of the device's allocator, of cuBLAS's workspace, or of the host's allocator."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    markers = ("CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
+    return isinstance(error, RuntimeError) and any(marker in str(error) for marker in markers)
+
+
+def _padded_tokens(features: Features) -> int:
+    for key in ("attention_mask", "input_ids"):
+        if isinstance(tensor := features.get(key), torch.Tensor):
+            return tensor.numel()
+    return 0
+
+
+def cpu_name() -> str:
+    """The kind of CPU, whose instructions decide the order of a sum."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()

@@ -1,0 +1,274 @@
+"""One worker's pipeline: row ranges in, durable chunks of vectors out, with reading, computing and saving overlapped.
+
+    reader thread            this thread            saver thread
+    read rows, tokenise  ->  forward on the device  ->  fsync the chunk
+    two windows ahead                                one chunk behind
+
+A kill costs the range being computed and the range being saved. `RangeLimits.rows_in` keeps both within one row group;
+a row group too small to halve is saved before the next one starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+
+from embed.config import EmbedConfig
+from embed.data.chunks import (
+    RowRange,
+    Task,
+    computed_by,
+    encoded_from,
+    file_key,
+    from_bytes,
+    key_of,
+    partial_key_of,
+    to_bytes,
+)
+from embed.data.rows import RangeLimits, text_ranges
+from embed.data.table import Table
+from embed.model import BatchDone, Encoded, Encoder, Stopped
+from embed.model.tokens import Window
+from embed.state import ChunkSaved, Event, FileBroken, PartialSaved, RowsComputed
+from estiba.checkpoint import ChunkStore
+from estiba.errors import DataError, StoreError
+from estiba.log import get_logger
+from estiba.storage import Store
+
+logger = get_logger(__name__)
+
+T = TypeVar("T")
+
+PARTIAL_S = 5.0
+"""The batches of a window are saved at least this often, so that a kill costs seconds on a machine of any speed."""
+PARTIAL_DTYPE = "float32"
+"""As computed; the stored precision is applied when the window is complete."""
+BAD_ROWS_LOGGED = 3
+"""By row range."""
+WINDOWS_AHEAD = 2
+POLL_S = 0.2
+CHARACTERS_PER_TOKEN = 6
+"""More than any writing system needs on average. The model does not see text beyond max_length times this."""
+CPU_LIMITS = (1024, 2**19)
+GPU_LIMITS = (8192, 2**22)
+"""Rows and characters in a text range: about 30 s of work on a CPU, a few seconds on a GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Item:
+    table: Table
+    row_range: RowRange
+    window: Window
+
+    @property
+    def is_whole_row_group(self) -> bool:
+        return self.row_range.rows == self.table.row_group_rows[self.row_range.row_group]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """A loaded model and the input that it reads."""
+
+    config: EmbedConfig
+    encoder: Encoder
+    source: Store
+
+    def run(
+        self, tasks: Iterable[Task], chunks: ChunkStore, emit: Callable[[Event], None], should_stop: Callable[[], bool]
+    ) -> None:
+        """Compute and save every task's rows. `emit` is called from other threads.
+
+        Returns early when `should_stop` returns true. Re-raises an error of a thread.
+        """
+        saver = _Saver(chunks, self.config.embedding_dtype, emit)
+        try:
+            with contextlib.closing(
+                _read_ahead(self._windows(tasks, chunks, emit), WINDOWS_AHEAD, should_stop)
+            ) as windows:
+                path, was_whole = None, False
+                for item in windows:
+                    if path not in (None, item.table.path):
+                        self.encoder.trim()
+                    path = item.table.path
+                    if item.is_whole_row_group or was_whole:
+                        saver.wait()
+                    was_whole = item.is_whole_row_group
+                    prior, computed_by = saver.partial_of(item)
+                    computed_by += [engine for engine in [self.encoder.computed_by] if engine not in computed_by]
+                    watch = _Watch(item=item, saver=saver, emit=emit, computed_by=computed_by)
+                    try:
+                        encoded = self.encoder.encode(item.window, should_stop, watch.on_batch, prior)
+                    except Stopped as stopped:
+                        if watch.rows:
+                            saver.wait()
+                            saver.save_partial(item, stopped.partial, computed_by)
+                        break
+                    resumed = 0 if prior is None else prior.rows_done
+                    saver.save(item, encoded, computed_by, computed=watch.rows, resumed=resumed)
+                saver.wait()
+        finally:
+            saver.close()
+
+    def _windows(self, tasks: Iterable[Task], chunks: ChunkStore, emit: Callable[[Event], None]) -> Iterator[_Item]:
+        """Tokenised windows. A file that cannot be read to its end is reported by `emit`."""
+        rows, characters = CPU_LIMITS if self.encoder.device.startswith("cpu") else GPU_LIMITS
+        row_characters = CHARACTERS_PER_TOKEN * self.encoder.max_length
+        limits = RangeLimits(rows=rows, characters=characters, row_characters=row_characters)
+        for task in tasks:
+            for key, name in task.partials:
+                chunks.adopt(key, name)
+            try:
+                for text_range in text_ranges(self.source, task, self.config.text_column, limits):
+                    window = self.encoder.tokenize(text_range.texts)
+                    self._name_bad_rows(task.table, text_range.row_range, window)
+                    yield _Item(table=task.table, row_range=text_range.row_range, window=window)
+            except (DataError, StoreError) as error:
+                if isinstance(error, StoreError) and self.source.is_durable:
+                    raise  # S3 was retried for minutes; the job cannot continue
+                emit(FileBroken(path=task.table.path, reason=str(error)))
+
+    def _name_bad_rows(self, table: Table, row_range: RowRange, window: Window) -> None:
+        first = sum(table.row_group_rows[: row_range.row_group]) + row_range.start
+        for row, token_id in list(window.unknown.items())[:BAD_ROWS_LOGGED]:
+            token = self.encoder.token_of(token_id)
+            logger.warning(
+                f"{table.path}: row {first + row} holds the token {token!r} ({token_id}), which the model's embedding "
+                "table lacks; it gets no vector"
+            )
+
+
+def _read_ahead(items: Iterator[T], depth: int, should_stop: Callable[[], bool]) -> Generator[T, None, None]:
+    """Iterate over `items` in a thread, up to `depth` ahead. A stop ends the wait for a slow disk."""
+    ready: queue.Queue[Any] = queue.Queue(depth)
+    closed = threading.Event()
+    end = object()
+
+    def put(item: Any) -> bool:
+        while not closed.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=POLL_S)
+                return True
+        return False
+
+    def read() -> None:
+        try:
+            for item in items:
+                if not put(item):
+                    return
+            put(end)
+        except BaseException as error:
+            put(error)
+
+    threading.Thread(target=read, name="embed-reader", daemon=True).start()
+    try:
+        while not should_stop():
+            try:
+                item = ready.get(timeout=POLL_S)
+            except queue.Empty:
+                continue
+            if item is end:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        closed.set()
+
+
+class _Saver:
+    """Saves one chunk while the next one is computed."""
+
+    def __init__(self, chunks: ChunkStore, dtype: str, emit: Callable[[Event], None]) -> None:
+        self._chunks, self._dtype, self._emit = chunks, dtype, emit
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="embed-saver")
+        self._saving: Future[None] | None = None
+
+    def partial_of(self, item: _Item) -> tuple[Encoded | None, list[dict[str, Any]]]:
+        """What an earlier attempt saved of a window, and the engines that computed it."""
+        key = partial_key_of(file_key(item.table), item.row_range)
+        data = self._chunks.load(key) if key in self._chunks else None
+        if data is None:
+            return None, []
+        prior = encoded_from(data)
+        # The same rows of the same text and model; a tokenizer of another version may still read them otherwise.
+        if len(prior.status) != item.row_range.rows or not np.array_equal(prior.n_tokens, item.window.n_tokens):
+            return None, []
+        return prior, computed_by(from_bytes(data))
+
+    def save(
+        self, item: _Item, encoded: Encoded, computed_by: list[dict[str, Any]], *, computed: int, resumed: int
+    ) -> None:
+        """Save a whole window, of which `computed` rows are this attempt's and `resumed` ones were saved before."""
+        self.wait()
+        self._saving = self._thread.submit(self._save, item, encoded, computed_by, computed, resumed)
+
+    def save_partial(self, item: _Item, partial: Encoded, computed_by: list[dict[str, Any]]) -> None:
+        """Save a window's finished batches, unless a save is in progress; the next batch tries again."""
+        if self._saving is None or self._saving.done():
+            self.wait()
+            self._saving = self._thread.submit(self._save_partial, item, partial, computed_by)
+
+    def wait(self) -> None:
+        """Wait for the save in progress and re-raise its error."""
+        if self._saving is not None:
+            self._saving.result()
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False)
+
+    def _save_partial(self, item: _Item, partial: Encoded, computed_by: list[dict[str, Any]]) -> None:
+        key = partial_key_of(file_key(item.table), item.row_range)
+        name = self._chunks.commit(key, to_bytes(partial, PARTIAL_DTYPE, computed_by))
+        self._emit(PartialSaved(key=key, name=name, rows=partial.rows_done))
+
+    def _save(
+        self, item: _Item, encoded: Encoded, computed_by: list[dict[str, Any]], computed: int, resumed: int
+    ) -> None:
+        data = to_bytes(encoded, self._dtype, computed_by)
+        file = file_key(item.table)
+        name = self._chunks.commit(key_of(file, item.row_range), data)
+        partial = partial_key_of(file, item.row_range)
+        self._chunks.drop([partial])
+        self._emit(
+            ChunkSaved(
+                path=item.table.path,
+                row_range=item.row_range,
+                name=name,
+                size_bytes=len(data),
+                resumed=resumed,
+                rest=item.row_range.rows - computed - resumed,
+                partial_key=partial,
+            )
+        )
+
+
+@dataclass(kw_only=True)
+class _Watch:
+    """Follows the batches of a window: progress after each, and a partial chunk every few seconds."""
+
+    item: _Item
+    saver: _Saver
+    emit: Callable[[Event], None]
+    computed_by: list[dict[str, Any]]
+    rows: int = 0
+    saved_at: float = field(default_factory=time.monotonic)
+
+    def on_batch(self, batch: BatchDone) -> None:
+        self.rows += batch.rows
+        self.emit(
+            RowsComputed(
+                path=self.item.table.path, rows=batch.rows, tokens=batch.tokens, padded_tokens=batch.padded_tokens
+            )
+        )
+        now = time.monotonic()
+        if now - self.saved_at >= PARTIAL_S:
+            self.saver.save_partial(self.item, batch.snapshot(), self.computed_by)
+            self.saved_at = now

@@ -1,0 +1,1 @@
+"""finetune: tables and text -> a fine-tuned language model."""

@@ -1,0 +1,1 @@
+"""What a run leaves: the merged model, the adapter, the report, the plot and the results."""

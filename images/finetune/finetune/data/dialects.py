@@ -1,0 +1,174 @@
+"""How the cells of a delimited file are separated and quoted, detected by parsing its beginning each way."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from finetune.data.rows import MAX_LINE_CHARS
+
+SAMPLE_CHARS = 2**18
+_SAMPLE_RECORDS = 2000
+_USUAL = (",", "\t", ";", "|")
+_UNUSUAL = ("\x01", "\x1f", "\x1e", "^", "~", "¦", "§")
+_OPEN_TSV_QUOTE = re.compile(r'(?:^|\t)"', re.MULTILINE)
+_TSV_QUOTES = re.compile(r'(?:^|\t)"(?:[^"]|"")*"(?=[\t\r\n]|\Z)', re.MULTILINE)
+_MOST = 0.8
+_ALMOST = 0.05
+"""Delimiters that score within this share of the best are ranked by their quotes and their order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """The syntax of a delimited file."""
+
+    delimiter: str
+    quote: str | None = '"'
+    escape: str | None = None
+    skips_blank: bool = False
+    """Whether a blank after the delimiter belongs to it, so that a quote may follow."""
+
+    def __str__(self) -> str:
+        shown = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}.get(self.delimiter, repr(self.delimiter))
+        quotes = {'"': "double quotes", "'": "single quotes", None: "no quotes"}.get(self.quote, repr(self.quote))
+        return f"{shown}, {quotes}" + (", backslash escapes" if self.escape else "")
+
+    def reader(self, lines: Iterable[str]) -> Any:
+        csv.field_size_limit(MAX_LINE_CHARS)
+        return csv.reader(
+            lines,
+            delimiter=self.delimiter,
+            quotechar=self.quote,
+            quoting=csv.QUOTE_MINIMAL if self.quote else csv.QUOTE_NONE,
+            escapechar=self.escape,
+            skipinitialspace=self.skips_blank,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guess:
+    """A dialect and how well the beginning of the file agrees with it."""
+
+    dialect: Dialect
+    columns: int
+    agreement: float
+    """Share of the rows that have this number of cells."""
+    header_agrees: bool
+    stray_quotes: float
+    """Share of the cells that hold a quote where none should be."""
+    single_quoted: float
+    """Share of the filled cells that have a single quote at both ends."""
+    blank_starts: float
+    """Share of the cells that begin with a blank, as the words after a comma do."""
+    records: int
+
+
+def split_lines(text: str) -> list[str]:
+    """Return the lines with their ends: LF, CR LF or CR."""
+    return io.StringIO(text, newline="").readlines()
+
+
+def guess_dialect(lines: list[str], *, delimiter: str | None = None, quote: str | None = None) -> Guess | None:
+    """Return the dialect that the beginning of a file agrees with best, or None if nothing separates cells.
+
+    `quote` is a character, or "no".
+    """
+    sample = list(_beginning(lines))
+    for delimiters in ([delimiter],) if delimiter else (_USUAL, _UNUSUAL):
+        guesses = [guess for mark in delimiters if (guess := _guess(sample, mark, quote)) is not None]
+        if not guesses:
+            continue
+        best = max(guesses, key=lambda guess: (guess.agreement + guess.header_agrees, -guess.stray_quotes))
+        close = [
+            guess
+            for guess in guesses
+            if guess.header_agrees == best.header_agrees
+            and guess.agreement >= best.agreement - _ALMOST
+            and guess.stray_quotes <= best.stray_quotes
+        ]
+        return close[0] if close else best
+    return None
+
+
+def _guess(sample: list[str], delimiter: str, quote: str | None) -> Guess | None:
+    if quote is not None:
+        return _variants(sample, Dialect(delimiter=delimiter, quote=None if quote == "no" else quote))
+    text = "".join(sample)
+    if delimiter == "\t" and _OPEN_TSV_QUOTE.search(text) and not _TSV_QUOTES.search(text):
+        # many tools write tabs without quoting; then a quote is part of the text
+        return _variants(sample, Dialect(delimiter=delimiter, quote=None))
+    double = _variants(sample, Dialect(delimiter=delimiter))
+    if double is not None and 2 * text.count("'") < double.records:
+        return double
+    single = _variants(sample, Dialect(delimiter=delimiter, quote="'"))
+    if double is None or single is None:
+        return double or single
+    fits_better = single.agreement + single.header_agrees > double.agreement + double.header_agrees
+    return single if fits_better or double.single_quoted > _MOST else double
+
+
+def _variants(sample: list[str], dialect: Dialect) -> Guess | None:
+    """The best guess with this delimiter and quote, with or without escapes and blanks after the delimiter."""
+    text = "".join(sample)
+    guess = _judge(sample, dialect)
+    if dialect.quote is not None and f"\\{dialect.quote}" in text:
+        guess = _better(guess, _judge(sample, replace(dialect, escape="\\")))
+    if dialect.quote is not None and f"{dialect.delimiter} {dialect.quote}" in text:
+        guess = _better(guess, _judge(sample, replace(dialect, skips_blank=True)))
+    return guess
+
+
+def _better(old: Guess | None, new: Guess | None) -> Guess | None:
+    if old is None or new is None:
+        return old or new
+    if new.agreement < old.agreement:
+        return old
+    return new if (new.agreement, -new.stray_quotes) > (old.agreement, -old.stray_quotes) else old
+
+
+def _judge(sample: list[str], dialect: Dialect) -> Guess | None:
+    try:
+        parsed = list(itertools.islice(dialect.reader(sample), _SAMPLE_RECORDS))
+    except csv.Error:
+        return None
+    records = [cells for cells in parsed if len(cells) > 1 or (cells and cells[0].strip())]
+    if not records:
+        return None
+    counts = Counter(map(len, records))
+    columns = max(counts, key=lambda count: (counts[count], count))
+    if columns < 2:
+        return None
+    fitting = [cells for cells in records if len(cells) == columns]
+    cells = [cell for record in fitting for cell in record]
+    filled = [cell for cell in cells if cell]
+    in_single = sum(len(cell) > 1 and cell[0] == cell[-1] == "'" for cell in filled)
+    later = [cell for record in fitting for cell in record[1:] if cell]
+    quote = dialect.quote or '"'
+    stray = sum(cell.startswith(quote) or cell.endswith(quote) or f"\\{quote}" in cell for cell in cells)
+    return Guess(
+        dialect=dialect,
+        columns=columns,
+        agreement=len(fitting) / len(records),
+        header_agrees=any(len(cells) == columns for cells in records[:2]),
+        stray_quotes=stray / len(cells),
+        single_quoted=in_single / max(1, len(filled)),
+        blank_starts=sum(cell[0] == " " for cell in later) / max(1, len(later)),
+        records=len(records),
+    )
+
+
+def _beginning(lines: list[str]) -> Iterator[str]:
+    size = 0
+    for line in lines:
+        size += len(line)
+        if size > SAMPLE_CHARS and len(line) > SAMPLE_CHARS:
+            return
+        yield line
+        if size > SAMPLE_CHARS:
+            return

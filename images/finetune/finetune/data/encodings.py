@@ -1,0 +1,216 @@
+"""Bytes to text. A character is never replaced: what is not valid marks its line as bad, or names another encoding."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from dataclasses import dataclass
+
+from charset_normalizer import from_bytes
+
+from estiba.errors import ConfigError, DataError
+
+_BOMS = (
+    (codecs.BOM_UTF8, "utf-8-sig", "UTF-8 with a byte order mark"),
+    (codecs.BOM_UTF32_LE, "utf-32", "UTF-32 with a byte order mark"),
+    (codecs.BOM_UTF32_BE, "utf-32", "UTF-32 with a byte order mark"),
+    (codecs.BOM_UTF16_LE, "utf-16", "UTF-16 with a byte order mark"),
+    (codecs.BOM_UTF16_BE, "utf-16", "UTF-16 with a byte order mark"),
+)
+_SAMPLE_BYTES = 2**16
+_WIDE_SAMPLE_BYTES = 2**14
+_NUL_SHARE = 0.02
+"""Text of UTF-16 has at least this share of zero bytes, from its line feeds, blanks and commas."""
+_DAMAGED_LINE_SHARE = 0.01
+_ESCAPED = re.compile("[\udc80-\udcff]+")
+_CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
+_WESTERN_SHARE = 0.95
+_JUDGED = frozenset(
+    """cp932 shift_jis shift_jis_2004 euc_jp iso2022_jp gb18030 hz cp949 johab cp950 big5hkscs cp1250 cp1251 cp1253
+    cp1254 cp1255 cp1256 koi8_r koi8_u cp866 tis_620 iso8859_11 cp874""".split()
+)
+"""Encodings whose text charset-normalizer tells apart. Pages of the Latin alphabet differ too little in short text."""
+_WIDER = {"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949", "big5": "cp950"}
+_WIDER |= {"euc_jis_2004": "euc_jp", "euc_jisx0213": "euc_jp"}
+"""An encoding -> its superset, which decodes rare characters too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """A file's text. Bytes that are not valid are lone surrogates U+DC80 to U+DCFF (Python's surrogateescape)."""
+
+    text: str
+    encoding: str
+    evidence: str
+    is_damaged: bool = False
+    """Whether some bytes are not valid."""
+
+
+def decode(name: str, data: bytes, encoding: str | None) -> Decoded:
+    """Return a file's text. Raises DataError if no encoding fits, ConfigError for an unknown `encoding`."""
+    if encoding is not None:
+        return _with_encoding(name, data, encoding)
+    for mark, codec, evidence in _BOMS:
+        if data.startswith(mark):
+            return _strict(name, data, codec, evidence)
+    wide = _wide_encoding(data)
+    if wide is not None:
+        return _strict(name, data, wide, f"{wide.upper()} without a byte order mark, detected from its zero bytes")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return _not_utf8(name, data)
+    if text.isascii() and "\x1b$" in text and _decodes(data, "iso2022_jp"):
+        return _strict(name, data, "iso2022_jp", "escape sequences of ISO-2022-JP")
+    _refuse_binary(name, text)
+    return Decoded(text=text, encoding="utf-8", evidence="valid UTF-8 throughout")
+
+
+def bad_bytes_in(text: str) -> str | None:
+    """Return the first bytes of a text that are not valid, as "0xE9", or None."""
+    found = _ESCAPED.search(text)
+    return None if found is None else " ".join(f"0x{ord(mark) - 0xDC00:02X}" for mark in found[0][:4])
+
+
+def _with_encoding(name: str, data: bytes, encoding: str) -> Decoded:
+    try:
+        codec = codecs.lookup(encoding)
+        if not getattr(codec, "_is_text_encoding", True):
+            raise LookupError
+    except LookupError as error:
+        raise ConfigError(
+            f"encoding {encoding!r} is unknown; give a name such as utf-8, cp1252 or shift_jis"
+        ) from error
+    chosen = "utf-8-sig" if codec.name == "utf-8" else codec.name
+    errors = "surrogateescape" if codec.name in ("utf-8", "ascii") else "strict"
+    return _strict(name, data, chosen, f"--encoding {encoding}", errors)
+
+
+def _strict(name: str, data: bytes, codec: str, evidence: str, errors: str | None = None) -> Decoded:
+    errors = errors or ("surrogateescape" if codec == "utf-8-sig" else "strict")
+    try:
+        text = data.decode(codec, errors)
+    except UnicodeError as error:
+        start = getattr(error, "start", 0)
+        line = data.count(b"\n", 0, start) + 1
+        reason = getattr(error, "reason", str(error))
+        raise DataError(
+            f"{name}:{line}: byte {start:,} is not valid {codec} ({reason}; {evidence}); "
+            "save the file as UTF-8, or give --encoding"
+        ) from error
+    shown = {"utf-8-sig": "utf-8"}.get(codec, codec)
+    text = text.removeprefix("\ufeff")
+    _refuse_binary(name, text)
+    return Decoded(text=text, encoding=shown, evidence=evidence)
+
+
+def _wide_encoding(data: bytes) -> str | None:
+    """Return utf-16-le and the like for text without a byte order mark, by where its zero bytes stand."""
+    sample = data[: _WIDE_SAMPLE_BYTES - _WIDE_SAMPLE_BYTES % 4]
+    zeros = sample.count(0)
+    if len(data) % 2 or zeros < max(1, _NUL_SHARE * len(sample)):
+        return None
+    by_place = [sample[place::4].count(0) * 4 / max(1, len(sample)) for place in range(4)]
+    if len(data) % 4 == 0 and min(by_place[2:]) > 0.95 and by_place[0] < 0.05:
+        return "utf-32-le"
+    if len(data) % 4 == 0 and min(by_place[:2]) > 0.95 and by_place[3] < 0.05:
+        return "utf-32-be"
+    even, odd = sample[::2].count(0), sample[1::2].count(0)
+    for codec, high, low in (("utf-16-le", odd, even), ("utf-16-be", even, odd)):
+        if high > 20 * low:
+            try:
+                text = data.decode(codec)
+            except UnicodeDecodeError:
+                continue
+            if not _CONTROLS.search(text):
+                return codec
+    return None
+
+
+def _not_utf8(name: str, data: bytes) -> Decoded:
+    """UTF-8 with damaged bytes, or a legacy code page."""
+    text = data.decode("utf-8", "surrogateescape")
+    damaged = _ESCAPED.findall(text)
+    bad_bytes = sum(map(len, damaged))
+    valid = len(text) - len(text.encode("ascii", "ignore")) - bad_bytes
+    lines = data.splitlines()
+    foreign = [line for line in lines if not _is_utf8(line)]
+    first = next(number for number, line in enumerate(lines, start=1) if not _is_utf8(line))
+    is_mostly_utf8 = valid > 2 * bad_bytes
+    is_one_accident = len(foreign) <= max(1, _DAMAGED_LINE_SHARE * len(lines)) and (
+        len(lines) >= 100 or not _is_western(foreign[0])
+    )
+    if is_mostly_utf8 or is_one_accident:
+        other = "" if valid else "; if they are no accident, give --encoding, such as cp1252"
+        evidence = f"UTF-8 with {bad_bytes} bad byte{'s' * (bad_bytes > 1)}, the first in line {first}{other}"
+        _refuse_binary(name, text)
+        return Decoded(text=text, encoding="utf-8", evidence=evidence, is_damaged=True)
+    codec, evidence = _legacy_encoding(foreign, data)
+    if codec is None:
+        raise DataError(
+            f"{name}:{first}: byte {bad_bytes_in(text)} is not valid UTF-8 and no other encoding fits the file; "
+            "save it as UTF-8, or give --encoding"
+        )
+    decoded = data.decode(codec)
+    _refuse_binary(name, decoded)
+    return Decoded(text=decoded, encoding=codec, evidence=evidence)
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _is_western(line: bytes) -> bool:
+    """Whether every byte above ASCII is a common Western European letter or sign in cp1252."""
+    try:
+        text = line.decode("cp1252")
+    except UnicodeDecodeError:
+        return False
+    letters = "ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØÙÚÛÜßàáâãäåæçèéêëìíîïñòóôõöøùúûü"
+    signs = "€‚„…‘’“”•–—™ ¡¢£©ª«®°±²³´µ·¹º»¼½¾¿×"
+    return all(character < "\x80" or character in letters or character in signs for character in text)
+
+
+def _legacy_encoding(foreign: list[bytes], data: bytes) -> tuple[str | None, str]:
+    """Return the code page and why. charset-normalizer judges the lines that are not UTF-8."""
+    sample = bytearray()
+    for line in foreign:
+        sample += line + b"\n"
+        if len(sample) > _SAMPLE_BYTES:
+            break
+    western = sum(map(_is_western, foreign[:1000])) / min(1000, len(foreign))
+    if western > _WESTERN_SHARE:
+        latin = "cp1252" if _decodes(data, "cp1252") else "latin_1"
+        return latin, f"not UTF-8; {latin}: {western:.0%} of the affected lines read as Western European text"
+    for match in from_bytes(bytes(sample), steps=20, chunk_size=1024, threshold=0.35, enable_fallback=False):
+        codec = _WIDER.get(match.encoding, match.encoding)
+        codec = codec if _decodes(data, codec) else match.encoding
+        if codec not in _JUDGED:  # too close to another page for a judgement
+            break
+        if _decodes(data, codec):
+            judged = f"{match.language}, coherence {match.coherence:.2f}, mess {match.chaos:.2f}"
+            return codec, f"not UTF-8; {codec} by charset-normalizer ({judged})"
+    return None, ""
+
+
+def _decodes(data: bytes, codec: str) -> bool:
+    try:
+        data.decode(codec)
+    except (UnicodeError, LookupError):
+        return False
+    return True
+
+
+def _refuse_binary(name: str, text: str) -> None:
+    """Raise DataError for text that is mostly control characters."""
+    sample = text[:_SAMPLE_BYTES]
+    controls = len(_CONTROLS.findall(sample))
+    if controls > 4 and controls > 0.02 * len(sample):
+        raise DataError(
+            f"{name}: is binary data, not text ({controls} control characters in its first {len(sample):,}); "
+            "give CSV, JSON, JSON Lines, plain text or parquet"
+        )

@@ -1,0 +1,97 @@
+"""A file's bytes to rows, in the format that its content shows."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from estiba.errors import DataError
+from finetune.data import delimited
+from finetune.data.dialects import Guess, split_lines
+from finetune.data.encodings import decode
+from finetune.data.json_files import looks_like_json, looks_like_python, parse_json
+from finetune.data.parquet import parse_parquet
+from finetune.data.plain_text import parse_text
+from finetune.data.recognise import is_known_name
+from finetune.data.refusals import PARQUET_MAGIC, refuse_other_kinds
+from finetune.data.rows import MAX_LINE_CHARS, ParsedFile
+from finetune.data.settings import DataSettings
+
+_COMPRESSED_SUFFIX = re.compile(r"(\.(gz|gzip|zst|zstd|xz|lzma|bz2))+$", re.IGNORECASE)
+_DELIMITED = frozenset({"csv", "tsv", "tab", "psv"})
+_JSON = frozenset({"json", "jsonl", "ndjson", "jsonlines"})
+_TEXT = frozenset({"txt", "text", "md", "markdown", "rst", "log", ""})
+_AGREEMENT = 0.9
+_HEADER_CHARS = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadFile:
+    parsed: ParsedFile
+    encoding: str | None
+    evidence: str
+
+
+def parse(name: str, data: bytes, settings: DataSettings) -> ReadFile:
+    """Return a file's rows. Raises DataError, ConfigError for what is no training data."""
+    refuse_other_kinds(name, data)
+    if data.startswith(PARQUET_MAGIC):
+        return ReadFile(parsed=parse_parquet(name, data), encoding=None, evidence="")
+    decoded = decode(name, data, settings.encoding)
+    if not decoded.text.strip():
+        raise DataError(f"{name}: holds only blank space; remove it, or restore its content")
+    text = decoded.text.replace("\n\ufeff", "\n")  # the byte order marks of files that were joined
+    parsed = _parse_text(name, text, settings)
+    if decoded.is_damaged:
+        parsed.warnings.append(f"{name}: {decoded.evidence}")
+    return ReadFile(parsed=parsed, encoding=decoded.encoding, evidence=decoded.evidence)
+
+
+def _parse_text(name: str, text: str, settings: DataSettings) -> ParsedFile:
+    suffix = _COMPRESSED_SUFFIX.sub("", name).rpartition("/")[2].rpartition(".")[2].lower() if "." in name else ""
+    if looks_like_python(text):
+        raise DataError(
+            f"{name}:1: holds Python literals, not JSON ({text.strip()[:30]!r}: JSON has double quotes); "
+            "write it with json.dump"
+        )
+    if looks_like_json(text) or (suffix in _JSON and text.lstrip().startswith('"')):
+        return parse_json(name, text)
+    lines = split_lines(text)
+    guess = delimited.guess_for(lines, settings)
+    if suffix in _DELIMITED or settings.csv_delimiter or delimited.separator_named_by(lines):
+        return _delimited(name, lines, guess, settings)
+    if guess is not None and _is_table(lines, guess, is_text=suffix in _TEXT):
+        return _delimited(name, lines, guess, settings)
+    if suffix in _JSON:
+        first = next(number for number, line in enumerate(lines, start=1) if line.strip())
+        found = lines[first - 1].strip()[:30]
+        raise DataError(
+            f"{name}:{first}: is not JSON (found {found!r}); repair it, or name it .txt if it is plain text"
+        )
+    parsed = parse_text(name, text, settings.text_format)
+    if suffix not in _TEXT:
+        parsed.warnings.append(f"{name}: unknown suffix .{suffix}; read as plain text")
+    return parsed
+
+
+def _delimited(name: str, lines: list[str], guess: Guess | None, settings: DataSettings) -> ParsedFile:
+    if len(lines) == 1 and len(lines[0]) > MAX_LINE_CHARS:
+        raise DataError(
+            f"{name}:1: one line of {len(lines[0]):,} characters, and no row can be longer than "
+            f"{MAX_LINE_CHARS // 10**6} million; its newlines are missing"
+        )
+    return delimited.parse_delimited(name, lines, guess, settings)
+
+
+def _is_table(lines: list[str], guess: Guess, *, is_text: bool) -> bool:
+    """Whether a file without a suffix that says so is a table, not text with commas."""
+    if guess.records < 2 or guess.agreement < _AGREEMENT or not guess.header_agrees:
+        return False
+    header = next(guess.dialect.reader([next(line for line in lines if line.strip())]))
+    if any(map(is_known_name, header)):
+        return True
+    if any(not cell.strip() or len(cell) > _HEADER_CHARS or cell[-1] in ".!?" for cell in header):
+        return False
+    if is_text and guess.blank_starts > 0.5:
+        return False  # a comma and a blank separate words
+    return not is_text or guess.columns > 2 or guess.records > 2

@@ -1,0 +1,1 @@
+"""Full-parameter training of a Hugging Face causal language model on several hosts (FSDP2)."""

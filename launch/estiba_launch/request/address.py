@@ -1,0 +1,27 @@
+"""Where a job runs, as a value for every layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TargetAddress:
+    """One parsed `--target`. The registry of targets parses it, and finds its class."""
+
+    kind: str
+    """Name in the registry: `local`, `sagemaker`, `ssh`, ..."""
+    user: str | None = None
+    host: str | None = None
+    """A machine reached over the network; None for this one and for a service."""
+    port: int = 22
+    runs_here: bool = False
+    """This machine runs the job: it is free, and its GPUs are the ones to look for."""
+    on_aws: bool = False
+    """AWS runs and bills the job, so it needs a role, an image in ECR and data on S3. Elsewhere file:// is allowed."""
+
+    def __str__(self) -> str:
+        if self.host is None:
+            return self.kind
+        user = f"{self.user}@" if self.user else ""
+        return f"{self.kind}://{user}{self.host}{f':{self.port}' if self.port != 22 else ''}"

@@ -1,0 +1,1 @@
+"""Kubernetes: an Indexed Job with a headless service, printed for `kubectl apply`."""

@@ -1,0 +1,1 @@
+"""Slurm: a batch file, printed for `sbatch`."""

@@ -1,0 +1,1 @@
+"""Text files to word counts. Read config, data, job, artifacts, in this order."""

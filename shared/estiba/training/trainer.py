@@ -1,0 +1,339 @@
+"""The trainer: steps, evaluations and saves. It can stop at any point, and resumes bit for bit.
+
+The state of a run is its state between two steps. A stop inside a step discards that step's gradients and restores the
+random state from before it; a stop inside an evaluation discards the evaluation, which runs again after the resume.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from estiba.checkpoint.manager import CheckpointManager, Restored
+from estiba.distributed import DistContext
+from estiba.errors import ConfigError, DataError
+from estiba.log import get_logger
+from estiba.platform.steps import report_end, report_step
+from estiba.platform.stop import Stop
+from estiba.training import rng
+from estiba.training.allocator import keep_freed_memory
+from estiba.training.config import TrainerConfig
+from estiba.training.fingerprint import check_fingerprint
+from estiba.training.loss_check import check_loss_is_a_sum
+from estiba.training.metrics import EPOCH_LOSS, MetricsLogger, rows_in
+from estiba.training.precision import AmpContext
+from estiba.training.prefetch import Prefetcher, to_device
+from estiba.training.saving import SavePolicy
+from estiba.training.task import TrainTask
+from estiba.training.throughput import ThroughputMeter
+
+logger = get_logger(__name__)
+
+MAX_SKIPPED_STEPS = 50
+"""A run ends with an error after this many consecutive steps without finite gradients. It is checked as often."""
+GROUP_SETTINGS = ("weight_decay", "betas", "eps", "momentum", "alpha")
+"""Settings of an optimizer's groups, which --accept-changed-plan may change."""
+
+
+class Trainer:
+    """One run of one task."""
+
+    def __init__(
+        self,
+        task: TrainTask[Any],
+        config: TrainerConfig,
+        *,
+        checkpoints: CheckpointManager | None,
+        metrics_logger: MetricsLogger,
+        stop: Stop,
+        device: torch.device,
+        dist: DistContext | None = None,
+    ) -> None:
+        """`checkpoints` None saves nothing: an interrupted run starts again from step 0."""
+        self.task, self.config, self.metrics_logger, self.stop = task, config, metrics_logger, stop
+        self.device, self.dist = device, dist or DistContext()
+        self.amp = AmpContext(config.precision, device)
+        self.step = 0
+        self.evaluated_step: int | None = None
+        """The step of the last complete evaluation."""
+        self.metrics: dict[str, float] = {}
+        """The results of the last complete evaluation."""
+        self.skipped_steps = 0
+        """Steps that were skipped because their gradients were not finite."""
+        self._saves = SavePolicy(checkpoints, config, dist=self.dist, stop=stop)
+        self._meter = ThroughputMeter(task, device, self.amp.dtype, self.dist.world_size)
+        if device.type == "cpu":
+            keep_freed_memory()
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+
+    # --- state
+
+    def resume(self, restored: Restored | None) -> None:
+        """Load a restored state; None starts at step 0. Raises ConfigError if the run fingerprint changed."""
+        rows: Sequence[Any] = ()
+        if restored is None:
+            rng.seed(self.config.seed + self.dist.rank)
+        else:
+            rows = self._load_state(restored)
+        if self.dist.is_main:
+            self.metrics_logger.start(rows, total_steps=self.config.schedule.steps, step=self.step)
+
+    def _load_state(self, restored: Restored) -> Sequence[Any]:
+        """Load a restored state. Returns its rows of metrics."""
+        state, accept = restored.state, self.config.accept_changed_plan
+        where, groups = str(restored.path), self.task.optimizer.param_groups
+        check_fingerprint(state["plan"], self._fingerprint(), where, accept=accept, fixed=self.task.fixed_settings)
+        current = [{name: group[name] for name in GROUP_SETTINGS if name in group} for group in groups]
+        try:
+            self.task.load_model_state(state["model"])
+            self.task.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            if not accept:  # equal fingerprints: not the user's mistake
+                raise
+            lines = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+            raise ConfigError(
+                f"{where}: its tensors do not fit this model and optimizer ({lines[0][:300]}); --accept-changed-plan "
+                "cannot change sizes, vocabulary or optimizer. Use the same ones, or give another --checkpoint-path"
+            ) from None
+        if accept:  # loading brought the saved settings back
+            for group, settings in zip(self.task.optimizer.param_groups, current, strict=True):
+                group.update(settings)
+        self.amp.load_state_dict(state["scaler"])
+        self.task.load_state_dict(state["work"])
+        own = state["loop"]
+        self.step, self.evaluated_step = own["step"], own["evaluated"]
+        self.skipped_steps, self.metrics = own["skipped"], own["metrics"]
+        if self.dist.is_main or restored.manifest.ranks == self.dist.world_size:
+            rng.set_state(state["random"])
+            self._meter.load_state_dict(state["meter"])
+        else:  # saved with another number of ranks: this rank has no random state of its own
+            rng.seed(self.config.seed + self.dist.rank + self.step * 1009)
+        return rows_in(own["rows"])
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that the rest of the run depends on. Ranks other than the main one return their own part.
+
+        The keys are those of checkpoint format 1 (docs/decisions/0007), so checkpoints of earlier versions restore.
+        """
+        own = {"random": rng.get_state(), "meter": self._meter.state_dict()}
+        if not self.dist.is_main:
+            if self.task.is_sharded:
+                return {**own, "model": self.task.model_state(), "optimizer": self.task.optimizer.state_dict()}
+            return own
+        return {
+            **own,
+            "model": self.task.model_state(),
+            "optimizer": self.task.optimizer.state_dict(),
+            "scaler": self.amp.state_dict(),
+            "work": self.task.state_dict(),
+            "plan": self._fingerprint(),
+            "loop": {
+                "step": self.step,
+                "evaluated": self.evaluated_step,
+                "skipped": self.skipped_steps,
+                "metrics": self.metrics,
+                "rows": self.metrics_logger.state(),
+            },
+        }
+
+    def _fingerprint(self) -> dict[str, Any]:
+        return {
+            "schedule": self.config.schedule.model_dump(),
+            "seed": self.config.seed,
+            "clip": self.config.clip,
+            "precision": self.amp.name,
+            **self.task.run_fingerprint(),
+        }
+
+    # --- the run
+
+    def run(self) -> None:
+        """Train until the last step, or until the task stops early. Raises Interrupted when asked to stop."""
+        model = self._wrapped()
+        total = self.config.schedule.steps
+        is_complete = self.step > 0 and self._stop_early() is not None  # an early-stopped run that is started again
+        batches = Prefetcher(self.task.batches, self.step, 0 if is_complete else total)
+        self._saves.start()
+        self._meter.start()
+        try:
+            while not is_complete:
+                if self._is_evaluation_due():
+                    if not self._evaluate(model):
+                        self._interrupt()
+                    if reason := self._stop_early():
+                        is_complete = True
+                        if self.dist.is_main:
+                            logger.info(f"{reason}; stopping early at step {self.step}")
+                if self._any_rank_stops():
+                    self._interrupt()
+                if is_complete or self.step >= total:
+                    break
+                self._saves.save_if_due(self.step, self.state, self.metrics)
+                if not self._train(model, batches):
+                    self._interrupt()
+            report_end()
+            self._saves.save_final(self.step, self.state, self.metrics)
+        finally:
+            batches.close()
+            self.metrics_logger.close()
+
+    def _wrapped(self) -> torch.nn.Module:
+        model = self.task.model
+        if self.config.compile:
+            model.compile()  # in place, so that its parameters keep their names
+        if self.dist.world_size > 1 and not self.task.is_sharded:
+            ids = [self.dist.local_rank] if self.device.type == "cuda" else None
+            return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        return model
+
+    def _any_rank_stops(self) -> bool:
+        """All ranks stop at the same place, or none does."""
+        return self.dist.all_reduce_max(float(self.stop()))[0] > 0
+
+    def _interrupt(self) -> NoReturn:
+        self._saves.save_and_interrupt(self.step, self.state, self.metrics)
+
+    def _stop_early(self) -> str | None:
+        own = self.task.should_stop(self.step, self.metrics) if self.dist.is_main else None
+        reason: str | None = self.dist.broadcast(own)
+        return reason
+
+    # --- steps
+
+    def _train(self, model: torch.nn.Module, prefetcher: Prefetcher[Any]) -> bool:
+        """Train one step. Returns False if a stop interrupted it; the step is then undone."""
+        is_alone = self.dist.world_size == 1
+        batches = prefetcher.next(self.step, self.stop if is_alone else lambda: False)
+        if batches is None:
+            return False
+        if self.step == 0 and is_alone and not self.config.compile:  # a compiled model would compile for the halves
+            check_loss_is_a_sum(self.task, batches, self.amp, self.device)
+        random_before = rng.get_state(quick=True)
+        units = [self.task.units_in(batch) for batch in batches]
+        total = self.dist.all_reduce_sum(float(sum(units)))[0]
+        if total <= 0:
+            raise DataError(f"step {self.step}: nothing in its batches to learn from; check the data and the labels")
+        lr = self._set_learning_rates()
+        losses = torch.zeros((), device=self.device, dtype=torch.float64)  # exact enough for any division of the batch
+        for index, batch in enumerate(batches):
+            if self._any_rank_stops():
+                self.task.optimizer.zero_grad(set_to_none=True)
+                rng.set_state(random_before)
+                return False
+            is_last = index + 1 == len(batches)
+            keeps_gradients = not (is_last or is_alone or self.task.is_sharded)  # whole ones; FSDP has no room for them
+            with model.no_sync() if keeps_gradients else contextlib.nullcontext():  # type: ignore[operator]
+                with self.amp.forward():
+                    loss = self.task.loss(model, to_device(batch, self.device))
+                losses += loss.detach()
+                # DDP and FSDP average gradients over the ranks; they must be summed.
+                share = loss * (self.dist.world_size / total)
+                (share if self.amp.scaler is None else self.amp.scaler.scale(share)).backward()
+        norm = self._update()
+        self.step += 1
+        report_step(self.step)
+        self._meter.add(losses, norm, sum(units), total)
+        self.metrics_logger.advance(self.step)
+        is_last = self.step == self.config.schedule.steps
+        if self.step % self.config.log_every == 0 or is_last or self.task.epoch_ending_at(self.step) is not None:
+            self._log(lr)
+        if self.step % MAX_SKIPPED_STEPS == 0 or is_last:
+            self._check_skipped(lr)
+        return True
+
+    def _check_skipped(self, lr: float) -> None:
+        """Raises DataError after too many steps in a row without finite gradients."""
+        in_a_row = self._meter.bad_in_a_row(self.dist)
+        if in_a_row >= min(MAX_SKIPPED_STEPS, self.config.schedule.steps):
+            raise DataError(
+                f"step {self.step}: no gradient was finite for {in_a_row} steps in a row; lower the learning rate "
+                f"({lr:.3g}), or resume from an earlier checkpoint with other data"
+            )
+
+    def _set_learning_rates(self) -> float:
+        """Set each group's learning rate for this step. Returns the one of the trainer's own schedule."""
+        for group in self.task.optimizer.param_groups:
+            schedule = self.task.group_schedule(group) or self.config.schedule
+            group["lr"] = schedule.at(self.step) * group.get("lr_scale", 1.0)
+        return self.config.schedule.at(self.step)
+
+    def _update(self) -> torch.Tensor:
+        """Clip and step. Non-finite gradients are skipped. Returns their norm before clipping."""
+        optimizer, scaler = self.task.optimizer, self.amp.scaler
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        limit = float("inf") if self.config.clip is None else self.config.clip
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        if self.task.is_sharded:
+            norm = norm.full_tensor()  # type: ignore[attr-defined]
+        if scaler is not None:
+            scaler.step(optimizer)
+            scaler.update()
+        elif all(group.get("fused") for group in optimizer.param_groups):
+            # The fused optimizer skips the step on the device, without a synchronization.
+            optimizer.grad_scale = None  # type: ignore[attr-defined]
+            optimizer.found_inf = (~torch.isfinite(norm)).float().to(self.device)  # type: ignore[attr-defined]
+            optimizer.step()
+        elif bool(torch.isfinite(norm)):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _log(self, lr: float) -> None:
+        row = self._meter.row(self.dist)
+        bad = row.pop("bad_steps")
+        if bad:
+            self.skipped_steps += bad
+            logger.warning(f"{bad} of the last steps skipped: gradients were not finite")
+        total, seconds = self.config.schedule.steps, self._meter.seconds_per_step
+        row = {"step": self.step, "of": total, **self.task.log_fields(self.step), **row, "lr": lr}
+        row["eta_s"] = round((total - self.step) * seconds) if seconds else None
+        self.metrics_logger.add(row)
+
+    # --- evaluation
+
+    def _is_evaluation_due(self) -> bool:
+        every, total = self.config.evaluate_every, self.config.schedule.steps
+        is_regular = bool(every and self.step % every == 0)
+        is_scheduled = self.step > 0 and (
+            self.step == total or is_regular or self.task.epoch_ending_at(self.step) is not None
+        )
+        return is_scheduled and self.evaluated_step != self.step
+
+    def _evaluate(self, model: torch.nn.Module) -> bool:
+        """Evaluate. Returns False if a stop interrupted it; its results are then discarded."""
+        sums: dict[str, list[Any]] = {}
+        was_training = self.task.model.training
+        self.task.model.eval()
+        with self._meter.paused(), rng.preserved():
+            try:
+                with torch.no_grad(), self.amp.forward():
+                    for batch in self.task.evaluate(model):
+                        report_step(self.step)
+                        if self.stop() and self.dist.world_size == 1:
+                            return False
+                        for name, (value, count) in batch.items():
+                            pair = sums.setdefault(name, [0.0, 0.0])
+                            pair[0], pair[1] = pair[0] + value, pair[1] + count
+                names = sorted(sums)
+                flat = self.dist.all_reduce_sum(*(float(value) for name in names for value in sums[name]))
+                pairs = zip(names, flat[::2], flat[1::2], strict=True)
+                self.metrics = {name: value / count if count else float("nan") for name, value, count in pairs}
+                if self.dist.is_main:
+                    self.metrics |= self.task.on_evaluation(self.step, self.metrics)
+            finally:
+                self.task.model.train(was_training)
+        self.evaluated_step = self.step
+        epoch = self.task.epoch_ending_at(self.step)
+        ended = {} if epoch is None else {"epoch": epoch, EPOCH_LOSS: self._meter.end_epoch()}
+        if self.dist.is_main and (self.metrics or ended):
+            self.metrics_logger.add({"step": self.step, **self.task.log_fields(self.step), **ended, **self.metrics})
+        return True

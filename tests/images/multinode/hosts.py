@@ -1,0 +1,102 @@
+"""Hosts as processes of this machine: each has its own /opt/ml tree, and they find each other on 127.0.0.1."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_S = 240
+
+
+class Hosts:
+    """A job on several hosts that has been started."""
+
+    def __init__(
+        self, root: Path, count: int, arguments: Sequence[str], *, environ: Mapping[str, str] | None = None
+    ) -> None:
+        self.roots = [root / f"algo-{number}" for number in range(1, count + 1)]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        self.processes = []
+        for folder in self.roots:
+            config = folder / "input/config"
+            config.mkdir(parents=True, exist_ok=True)
+            names = [one.name for one in self.roots]
+            (config / "resourceconfig.json").write_text(json.dumps({"hosts": names, "current_host": folder.name}))
+            with open(folder / "log", "w") as log:
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "multinode", *arguments],
+                        stdout=log,
+                        stderr=log,
+                        env={
+                            **os.environ,
+                            "PYTHONPATH": os.pathsep.join(sys.path),
+                            "ESTIBA_ROOT": str(folder),
+                            "MASTER_ADDR": "127.0.0.1",
+                            "MASTER_PORT": port,
+                            "OMP_NUM_THREADS": "1",
+                            "HF_HUB_OFFLINE": "1",
+                            **(environ or {}),
+                        },
+                    )
+                )
+
+    def log(self, host: int = 0) -> str:
+        return (self.roots[host] / "log").read_text(errors="replace")
+
+    def logs(self) -> str:
+        """The ends of all hosts' logs, for a test that fails."""
+        return "\n".join(f"{root.name}: {self.log(host)[-2000:]}" for host, root in enumerate(self.roots))
+
+    def wait(self) -> list[int]:
+        """Return the exit statuses of all hosts."""
+        try:
+            return [process.wait(TIMEOUT_S) for process in self.processes]
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(self.logs()) from None
+
+    def wait_for(self, text: str, host: int = 0) -> None:
+        """Return once a host's log contains the text."""
+        end = time.monotonic() + TIMEOUT_S
+        while text not in self.log(host):
+            assert self.processes[host].poll() is None, self.logs()
+            assert time.monotonic() < end, self.logs()
+            time.sleep(0.05)
+
+    def signal(self, signum: signal.Signals, hosts: Sequence[int] | None = None) -> None:
+        for host in range(len(self.roots)) if hosts is None else hosts:
+            self.processes[host].send_signal(signum)
+
+    def kill(self) -> None:
+        """Take all hosts away at once; ranks and writers die with their parents."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl."""
+        path = self.roots[0] / "model/metrics/metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    def column(self, name: str) -> list[float]:
+        return [row[name] for row in self.rows() if row.get(name) is not None]
+
+
+def run(root: Path, count: int, arguments: Sequence[str], **options: Any) -> Hosts:
+    """Run a job to its end, which must be a good one."""
+    hosts = Hosts(root, count, arguments, **options)
+    codes = hosts.wait()
+    assert codes == [0] * count, hosts.logs()
+    return hosts
