@@ -19,7 +19,7 @@ unset IMAGE         # job files read it as the image's tag
 TORCH_IMAGE=aura    # runs the tests of shared/ that need torch
 FAST="not docker and not slow"
 JOB_LAYER=(tests/contract/test_processes.py tests/contract/test_script_mode.py)
-pytest=(env --default-signal=INT .venv/bin/python -m pytest) # what is started in the background ignores Ctrl-C
+pytest=(env --default-signal .venv/bin/python -m pytest) # the background ignores Ctrl-C, nohup ignores HUP
 
 images() { printf '%s\n' images/*/Dockerfile | sed 's#^images/##; s#/Dockerfile$##' | grep -vx base; }
 

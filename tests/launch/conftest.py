@@ -155,6 +155,16 @@ def dumps(value: Any) -> str:
     return json.dumps(value, indent=2, sort_keys=False)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a machine without ssh and rsync their tests need an engine, and the time to build an image."""
+    if not lacks_client_tools():
+        return
+    for item in items:
+        if "ssh_client" in getattr(item, "fixturenames", ()) and item.get_closest_marker("docker") is None:
+            item.add_marker(pytest.mark.docker)
+            item.add_marker(pytest.mark.timeout(600))
+
+
 @pytest.fixture(scope="session")
 def ssh_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """`ssh` and `rsync` on the PATH, out of a container where this machine lacks them."""

@@ -395,7 +395,7 @@ def test_the_second_signal_is_passed_on_too(place: Any) -> None:
 
 def test_a_pause_of_the_whole_container_is_no_signal(place: Any) -> None:
     """After SIGSTOP and SIGCONT, sigtimedwait may return a number that is no signal."""
-    quick = "import estiba.platform.entry as entry; entry.Supervisor.poll_s = 0.2"
+    quick = "from estiba.platform import entry, supervisor; supervisor.Supervisor.poll_s = 0.2"
     process = place.start(PY, "-c", f"{quick}; entry.main(['sh', '-c', 'echo ready; sleep 1.5'])")
     assert process.stdout.readline() == b"ready\n"
     process.send_signal(signal.SIGSTOP)
