@@ -17,20 +17,18 @@ faster; ours is `Windows.take`. Both give int64 batches of the same shape.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from itertools import chain
 from pathlib import Path
 from typing import Any
+
+from document import goal, publish
 
 ROOT = Path(__file__).resolve().parent.parent
 SEQ_LENGTH, BATCH, WORKERS, VOCABULARY = 1024, 8, 2, 32_000
@@ -175,23 +173,10 @@ def report(found: dict[str, Any], results: Path | None) -> int:
     for name, rate in loader.items():
         print(f"  {name:<26}{rate / 1e6:>9.1f} M tokens/s")
     goals = [
-        {"name": "packing, times datasets.map", "value": round(found["packing_ratio"], 2), "goal": ">=1.8",
-         "met": found["packing_ratio"] >= 1.8},
-        {"name": "loader, times DataLoader", "value": round(found["loader_ratio"], 2), "goal": ">=5",
-         "met": found["loader_ratio"] >= 5},
-    ]  # fmt: skip
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    document = {
-        "benchmark": "aura_data",
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
-        "date": date.today().isoformat(),
-        "commit": commit.stdout.strip(),
-        "results": found,
-        "goals": goals,
-    }
-    if results:
-        results.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
-    print(json.dumps(document))
+        goal("packing, times datasets.map", round(found["packing_ratio"], 2), ">=1.8"),
+        goal("loader, times DataLoader", round(found["loader_ratio"], 2), ">=5"),
+    ]
+    publish("aura_data", found, goals, path=results)
     return 0
 
 

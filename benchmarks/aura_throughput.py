@@ -20,19 +20,17 @@ import contextlib
 import gc
 import importlib.metadata
 import io
-import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
+
+from document import goal, publish
 
 ROOT = Path(__file__).resolve().parent.parent
 RATE, DECAY, BETAS, CLIP = 3e-4, 0.01, (0.9, 0.95), 1.0
@@ -402,15 +400,11 @@ def goals_of(results: dict[str, Any], task: Task) -> list[dict[str, Any]]:
         seq_length=task.seq_length, ff_size=task.ff_size,
     )  # fmt: skip
     sheet = find_device(torch.cuda.get_device_name())
-    mfu = sheet and results["ours"]["tokens_per_s"] * shape.flops_per_token() / sheet.peak_flops
-    wanted = [
-        ("tokens/s vs litgpt", results["litgpt"].get("ours_is_times"), 1.1),
-        ("tokens/s vs Trainer with checkpointing", results["trainer_checkpointing"].get("ours_is_times"), 1.5),
-        ("MFU", mfu and round(mfu, 3), 0.45),
-    ]
+    mfu = results["ours"]["tokens_per_s"] * shape.flops_per_token() / sheet.peak_flops if sheet else None
     return [
-        {"name": name, "value": value, "goal": f">={goal}", "met": value is not None and value >= goal}
-        for name, value, goal in wanted
+        goal("tokens/s vs litgpt", results["litgpt"].get("ours_is_times"), ">=1.1"),
+        goal("tokens/s vs Trainer with checkpointing", results["trainer_checkpointing"].get("ours_is_times"), ">=1.5"),
+        goal("MFU", None if mfu is None else round(mfu, 3), ">=0.45"),
     ]
 
 
@@ -459,20 +453,8 @@ def report(results: dict[str, Any], goals: list[dict[str, Any]], device: str, pa
             print(f"{name:<22} could not run: {found['could_not_run']}")
         elif found:
             print(f"{name:<22} {found['tokens_per_s']:>10.1f} {found['ours_is_times']:>7.2f}x")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    hardware = f"{os.cpu_count()} cores, {platform.machine()}, {torch.get_num_threads()} threads"
-    document = {
-        "benchmark": "aura_throughput",
-        "hardware": hardware if device == "cpu" else f"{torch.cuda.get_device_name()}, {hardware}",
-        "date": date.today().isoformat(),
-        "commit": commit.stdout.strip(),
-        "results": results,
-        "goals": goals,
-    }
-    line = json.dumps(document)
-    if path is not None:
-        path.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
-    print(line)
+    on = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
+    publish("aura_throughput", results, goals, conditions=on, path=path)
     return 0
 
 

@@ -15,15 +15,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
+
+from document import goal, publish
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = {"sessions": 4, "trials": 80, "features": 64, "noise": 3.0, "longest_words": 3, "drift": 0.8}
@@ -123,26 +123,14 @@ def report(results: dict[str, list[dict[str, float]]], steps: int, path: Path | 
     goals = []
     if "diphones" in rates and "diphones + phonemes" in rates:
         ratio = rates["diphones + phonemes"] / rates["diphones"]
-        goals.append({"name": "PER of the composite loss, times that of diphones alone", "value": round(ratio, 2),
-                      "goal": "<=1.0", "met": ratio <= 1.0})  # fmt: skip
+        goals.append(goal("PER of the composite loss, times that of diphones alone", round(ratio, 2), "<=1"))
     if base is not None:
-        goals.append({"name": "PER of the baseline", "value": round(base, 4), "goal": "<=0.5", "met": base <= 0.5})
+        goals.append(goal("PER of the baseline", round(base, 4), "<=0.5"))
     if base is not None and "one layer for all days" in rates:
         ratio = rates["one layer for all days"] / base
-        goals.append({"name": "PER without day layers, times the baseline's", "value": round(ratio, 2),
-                      "goal": ">=1.1", "met": ratio >= 1.1})  # fmt: skip
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    document = {
-        "benchmark": "brain_accuracy",
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
-        "date": date.today().isoformat(),
-        "commit": commit.stdout.strip(),
-        "results": {"data": DATA, "steps": steps, "per": rates, "runs": results},
-        "goals": goals,
-    }
-    if path:
-        path.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
-    print(json.dumps(document))
+        goals.append(goal("PER without day layers, times the baseline's", round(ratio, 2), ">=1.1"))
+    found = {"data": DATA, "steps": steps, "per": rates, "runs": results}
+    publish("brain_accuracy", found, goals, path=path)
     return 0
 
 

@@ -18,19 +18,16 @@ model. The difference between their losses on a batch without noise is printed.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from document import goal, publish
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "shared"), str(ROOT / "images/brain-to-text")]
@@ -349,26 +346,12 @@ def report(results: dict[str, Any], path: Path | None) -> int:
         for part, times_ms in results[name]["parts_ms"].items():
             print(f"    {part:<10} {times_ms['ours']:>9.1f} ms   {times_ms['theirs']:>16.1f} ms")
     goals = [
-        {"name": f"{name}: steps/s, times upstream's", "value": results[name]["ratio"], "goal": ">=1.0",
-         "met": results[name]["ratio"] >= 1.0}
-        for name in ("phonemes", "diphones")
-    ]  # fmt: skip
+        goal(f"{name}: steps/s, times upstream's", results[name]["ratio"], ">=1") for name in ("phonemes", "diphones")
+    ]
     parts = results["diphones"]["parts_ms"]["loss"]
     ratio = round(parts["theirs"] / parts["ours"], 2)
-    goals.append({"name": "diphones: loss and its gradient, times faster", "value": ratio, "goal": ">=2.5",
-                  "met": ratio >= 2.5})  # fmt: skip
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    document = {
-        "benchmark": "brain_step",
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
-        "date": date.today().isoformat(),
-        "commit": commit.stdout.strip(),
-        "results": results,
-        "goals": goals,
-    }
-    if path:
-        path.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
-    print(json.dumps(document))
+    goals.append(goal("diphones: loss and its gradient, times faster", ratio, ">=2.5"))
+    publish("brain_step", results, goals, path=path)
     return 0
 
 

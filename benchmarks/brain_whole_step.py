@@ -16,19 +16,16 @@ device    the reader, with trials cached on the device by an earlier pass
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
+from document import goal, publish
 from hdf5_s3 import BUCKET, KEY, LATENCY_MS, MB_PER_S, ROOT, SECRET, endpoint  # type: ignore[import-not-found]
 
 SMALL = {"n_units": 64, "n_layers": 2, "batch_size": 16}
@@ -184,24 +181,9 @@ def report(results: dict[str, Any], device: Any, path: Path | None) -> int:
     on = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     for name in SOURCES:
         print(f"{name:<8}{results['step_ms'][name]:>10.1f} ms   {results['ratio'][name]:.3f} x the step from memory")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    goals = [
-        {"name": f"whole step / step on memory, {name}", "value": results["ratio"][name], "goal": "<=1.01",
-         "met": results["ratio"][name] <= 1.01}
-        for name in SOURCES[1:]
-    ]  # fmt: skip
-    document = {
-        "benchmark": "brain_whole_step",
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}; {on}; {LATENCY_MS} ms per request, "
-        f"{MB_PER_S} MB/s per connection",
-        "date": date.today().isoformat(),
-        "commit": commit.stdout.strip(),
-        "results": results,
-        "goals": goals,
-    }
-    if path:
-        path.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
-    print(json.dumps(document))
+    goals = [goal(f"whole step / step on memory, {name}", results["ratio"][name], "<=1.01") for name in SOURCES[1:]]
+    conditions = f"{on}; {LATENCY_MS} ms per request, {MB_PER_S} MB/s per connection"
+    publish("brain_whole_step", results, goals, conditions=conditions, path=path)
     return 0
 
 

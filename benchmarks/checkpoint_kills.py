@@ -21,7 +21,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import random
 import shutil
 import subprocess
@@ -30,9 +29,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
 from pathlib import Path
 from typing import Any
+
+from document import goal, publish
 
 ROOT = Path(__file__).resolve().parent.parent
 SERIES = 25
@@ -241,34 +241,12 @@ def report(kills: dict[str, Any], damage: dict[str, Any], options: argparse.Name
         rest = ", ".join(f"{word} {found[word]}" for word in ("silent", "without effect") if word in found)
         print(f"{name:12} caught {found['caught']} of {found['of']} damages{', ' + rest if rest else ''}")
     goals = [
-        _goal("kills", kills["kills"], f">={options.kills}", kills["kills"] >= options.kills),
-        _goal("unrecoverable", len(kills["unrecoverable"]), "0", not kills["unrecoverable"]),
-        _goal(
-            "damage caught, the one before restored",
-            damage["ours"]["caught"],
-            str(options.damages),
-            damage["ours"]["caught"] == options.damages,
-        ),
+        goal("kills", kills["kills"], f">={options.kills}"),
+        goal("unrecoverable", len(kills["unrecoverable"]), "==0"),
+        goal("damage caught, the one before restored", damage["ours"]["caught"], f"=={options.damages}"),
     ]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    document = json.dumps(
-        {
-            "benchmark": "checkpoint_kills",
-            "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
-            "date": date.today().isoformat(),
-            "commit": commit.stdout.strip(),
-            "results": {"kills": kills, "damage": damage},
-            "goals": goals,
-        }
-    )
-    if options.results:
-        options.results.write_text(document + "\n")
-    print(document)
+    publish("checkpoint_kills", {"kills": kills, "damage": damage}, goals, path=options.results)
     return 0
-
-
-def _goal(name: str, value: Any, goal: str, met: bool) -> dict[str, Any]:
-    return {"name": name, "value": value, "goal": goal, "met": met}
 
 
 if __name__ == "__main__":

@@ -19,21 +19,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
+
+from document import goal, publish
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH, LAYERS, VOCABULARY = 768, 12, 32_000
@@ -393,33 +391,19 @@ def main() -> int:
                 f"load {entry['load_s']:6.2f} s"
             )
     goals = []
-    for goal, key, peer, limit in GOALS:
-        if "reason" not in medians[peer] and "reason" not in medians["ours"]:
-            value = round(medians["ours"][key] / medians[peer][key], 3)
-            goals.append({"name": goal, "value": value, "goal": f"<={limit}", "met": value <= limit})
-        else:
-            goals.append({"name": goal, "value": None, "goal": f"<={limit}", "met": False})
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    document = json.dumps(
-        {
-            "benchmark": "checkpoint_save",
-            "hardware": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
-            "date": date.today().isoformat(),
-            "commit": commit.stdout.strip(),
-            "results": {
-                "size_bytes": size,
-                "rounds": options.rounds,
-                "load_average_before": round(load_before, 2),
-                "cold_loads": drop_caches(),
-                "medians": medians,
-                "all_rounds": found,
-            },
-            "goals": goals,
-        }
-    )
-    if options.results:
-        options.results.write_text(document + "\n")
-    print(document)
+    for name, key, peer, limit in GOALS:
+        both_ran = "reason" not in medians[peer] and "reason" not in medians["ours"]
+        value = round(medians["ours"][key] / medians[peer][key], 3) if both_ran else None
+        goals.append(goal(name, value, f"<={limit}"))
+    results = {
+        "size_bytes": size,
+        "rounds": options.rounds,
+        "load_average_before": round(load_before, 2),
+        "cold_loads": drop_caches(),
+        "medians": medians,
+        "all_rounds": found,
+    }
+    publish("checkpoint_save", results, goals, conditions=f"torch {torch.__version__}", path=options.results)
     return 0
 
 

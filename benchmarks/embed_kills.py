@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
-from datetime import date
 from pathlib import Path
 from typing import Any
+
+from document import goal, publish
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE = "estiba/embed-test:local"
@@ -83,27 +82,8 @@ def main() -> int:
                 "met": found["within_bound"],
             }
         )
-        goals.append(
-            {
-                "name": f"{name}: kills that hit",
-                "value": len(found["kills"]),
-                "goal": f">={options.kills}",
-                "met": len(found["kills"]) >= options.kills,
-            }
-        )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    print(
-        json.dumps(
-            {
-                "benchmark": "embed_kills",
-                "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
-                "date": date.today().isoformat(),
-                "commit": commit.stdout.strip(),
-                "results": results,
-                "goals": goals,
-            }
-        )
-    )
+        goals.append(goal(f"{name}: kills that hit", len(found["kills"]), f">={options.kills}"))
+    publish("embed_kills", results, goals)
     return 0
 
 

@@ -14,19 +14,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import shutil
 import subprocess
 import sys
 import time
 from array import array
-from datetime import date
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from document import goal, publish
 
 ROOT = Path(__file__).resolve().parent.parent
 ROW_BYTES = 20_000
@@ -98,24 +97,8 @@ def main() -> int:
     shutil.rmtree(place, ignore_errors=True)
     print(found)
     ended = done.returncode == 0 and found.get("rows_embedded") == rows
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    print(
-        json.dumps(
-            {
-                "benchmark": "embed_memory",
-                "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
-                "date": date.today().isoformat(),
-                "commit": commit.stdout.strip(),
-                "results": found,
-                "goals": [
-                    {
-                        "name": f"{options.gigabytes:g} GB file, every row embedded under {options.limit_mb} MB",
-                        "value": ended, "goal": "true", "met": ended,
-                    }
-                ],
-            }
-        )
-    )  # fmt: skip
+    what = f"rows embedded of a {options.gigabytes:g} GB file, under {options.limit_mb} MB"
+    publish("embed_memory", found, [goal(what, found.get("rows_embedded") if ended else None, f"=={rows}")])
     return 0
 
 

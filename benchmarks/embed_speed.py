@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
-from datetime import date
 from pathlib import Path
+
+from document import goal, publish
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -81,25 +80,11 @@ def main() -> int:
         f"{found['rows']} rows, {found['tokens']} tokens: {found['ratio']:.2f} x as fast as SentenceTransformer.encode "
         f"({found['tokens_per_s']:.0f} tokens/s), cosine at least {found['cosine_min']:.6f}"
     )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     goals = [
-        {
-            "name": "lowest cosine",
-            "value": found["cosine_min"],
-            "goal": ">=0.9999",
-            "met": found["cosine_min"] >= 0.9999,
-        },
-        {"name": "speed ratio", "value": round(found["ratio"], 3), "goal": ">=1", "met": found["ratio"] >= 1},
+        goal("lowest cosine", found["cosine_min"], ">=0.9999"),
+        goal("speed ratio", round(found["ratio"], 3), ">=1"),
     ]
-    document = {
-        "benchmark": "embed_speed",
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
-        "date": date.today().isoformat(),
-        "commit": commit.stdout.strip(),
-        "results": found,
-        "goals": goals,
-    }
-    print(json.dumps(document))
+    publish("embed_speed", found, goals)
     return 0
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import shutil
 import signal
@@ -30,9 +29,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
+
+from document import goal, publish
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests"))
@@ -395,26 +395,9 @@ def report(results: dict[str, Any], options: argparse.Namespace) -> int:
         ),
         goal("flipped bytes found", flipped.get("mismatches_found") if flipped.get("is_equal") else None, ">=1"),
     ]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    document = {
-        "benchmark": "stage",
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}, shared by server and clients; {LATENCY_MS} ms per "
-        f"request, {MB_PER_S} MB/s per connection",
-        "date": date.today().isoformat(),
-        "commit": commit.stdout.strip(),
-        "results": results,
-        "goals": goals,
-    }
-    if options.results:
-        options.results.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
-    print(json.dumps(document))
+    network = f"{LATENCY_MS} ms per request, {MB_PER_S} MB/s per connection"
+    publish("stage", results, goals, conditions=f"shared by server and clients; {network}", path=options.results)
     return 0
-
-
-def goal(name: str, value: float | None, bound: str) -> dict[str, Any]:
-    limit = float(bound[2:])
-    met = value is not None and (value >= limit if bound.startswith(">") else value <= limit)
-    return {"name": name, "value": value, "goal": bound, "met": met}
 
 
 if __name__ == "__main__":

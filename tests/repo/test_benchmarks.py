@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import subprocess
 from pathlib import Path
 
@@ -25,6 +26,7 @@ SMALLEST = {
     "embed_kills": "--kills 1 --files 4 --rows 60",
     "embed_memory": "--gigabytes 0.02",
     "embed_speed": "--rows 40 --rounds 1",
+    "finetune_throughput": "--tiny --rounds 1 --answers 4",
     "hdf5_s3": "--rounds 1 --seconds 0.5 --sessions 2 --peers local,ours_cold",
     "stage": "--tiny",
 }
@@ -56,6 +58,10 @@ def test_the_torch_environment_holds_what_the_images_require() -> None:
     assert missing == []
 
 
+def test_every_benchmark_has_a_shortest_run() -> None:
+    assert sorted(SMALLEST) == BENCHMARKS
+
+
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_benchmark_declares_its_environment_and_its_needs(name: str, images: list[str]) -> None:
     first, second = (ROOT / f"benchmarks/{name}.py").read_text().splitlines()[:2]
@@ -71,3 +77,13 @@ def test_a_benchmark_that_imports_libraries_the_host_lacks_declares_torch(name: 
     text = re.sub(r'"""(?s:.*?)"""', "", (ROOT / f"benchmarks/{name}.py").read_text())
     if re.search(r"^ *(import|from) (torch|numpy|aura|brain_to_text|estiba\.training)\b", text, re.MULTILINE):
         assert text.startswith("# environment: torch\n")
+
+
+@pytest.mark.parametrize(
+    ("value", "bound", "is_met"),
+    [(2.0, ">=2", True), (1.99, ">=2", False), (0.5, "<=0.5", True), (0.51, "<=0.5", False), (0, "==0", True),
+     (None, "<=1", False)],
+)  # fmt: skip
+def test_a_goal_is_met_if_the_value_keeps_to_its_bound(value: float | None, bound: str, is_met: bool) -> None:
+    goal = runpy.run_path(str(ROOT / "benchmarks/document/__init__.py"))["goal"]
+    assert goal("a name", value, bound) == {"name": "a name", "value": value, "goal": bound, "met": is_met}
