@@ -2,7 +2,8 @@
 
     reader thread            this thread            saver thread
     read rows, tokenise  ->  forward on the device  ->  fsync the chunk
-    two windows ahead                                one chunk behind
+    two windows ahead,                               one chunk behind
+    over tasks and files
 
 A kill costs the range being computed and the range being saved. `RangeLimits.rows_in` keeps both within one row group;
 a row group too small to halve is saved before the next one starts.
@@ -16,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -37,7 +38,8 @@ from embed.data.rows import RangeLimits, text_ranges
 from embed.data.table import Table
 from embed.model import BatchDone, Encoded, Encoder, Stopped
 from embed.model.tokens import Window
-from embed.state import ChunkSaved, Event, FileBroken, PartialSaved, RowsComputed
+from embed.stages import COMPUTE, COMPUTE_WAITS, READ, READ_WAITS, SAVE, TOKENISE, StageTimes
+from embed.state import ChunkSaved, Event, FileBroken, PartialSaved, RowsComputed, TaskDone
 from estiba.checkpoint import ChunkStore
 from estiba.errors import DataError, StoreError
 from estiba.log import get_logger
@@ -86,15 +88,24 @@ class Pipeline:
     ) -> None:
         """Compute and save every task's rows. `emit` is called from other threads.
 
+        `tasks` is read in a thread, a few windows ahead, so it may wait for its next task while others are computed.
         Returns early when `should_stop` returns true. Re-raises an error of a thread.
         """
-        saver = _Saver(chunks, self.config.embedding_dtype, emit)
+        times = StageTimes()
+        saver = _Saver(chunks, self.config.embedding_dtype, emit, times)
+
+        def should_end() -> bool:
+            return should_stop() or saver.has_failed
+
         try:
             with contextlib.closing(
-                _read_ahead(self._windows(tasks, chunks, emit), WINDOWS_AHEAD, should_stop)
+                _read_ahead(self._windows(tasks, chunks, emit, times), WINDOWS_AHEAD, should_end, times)
             ) as windows:
                 path, was_whole = None, False
-                for item in windows:
+                for item in times.each(windows, COMPUTE_WAITS):
+                    if isinstance(item, TaskDone):
+                        saver.tell(item)
+                        continue
                     if path not in (None, item.table.path):
                         self.encoder.trim()
                     path = item.table.path
@@ -105,7 +116,8 @@ class Pipeline:
                     computed_by += [engine for engine in [self.encoder.computed_by] if engine not in computed_by]
                     watch = _Watch(item=item, saver=saver, emit=emit, computed_by=computed_by)
                     try:
-                        encoded = self.encoder.encode(item.window, should_stop, watch.on_batch, prior)
+                        with times.measure(COMPUTE):
+                            encoded = self.encoder.encode(item.window, should_stop, watch.on_batch, prior)
                     except Stopped as stopped:
                         if watch.rows:
                             saver.wait()
@@ -117,8 +129,13 @@ class Pipeline:
         finally:
             saver.close()
 
-    def _windows(self, tasks: Iterable[Task], chunks: ChunkStore, emit: Callable[[Event], None]) -> Iterator[_Item]:
-        """Tokenised windows. A file that cannot be read to its end is reported by `emit`."""
+    def _windows(
+        self, tasks: Iterable[Task], chunks: ChunkStore, emit: Callable[[Event], None], times: StageTimes
+    ) -> Iterator[_Item | TaskDone]:
+        """Tokenised windows, and after the last one of each task that it is done.
+
+        A file that cannot be read to its end is reported by `emit`.
+        """
         rows, characters = CPU_LIMITS if self.encoder.device.startswith("cpu") else GPU_LIMITS
         row_characters = CHARACTERS_PER_TOKEN * self.encoder.max_length
         limits = RangeLimits(rows=rows, characters=characters, row_characters=row_characters)
@@ -126,14 +143,16 @@ class Pipeline:
             for key, name in task.partials:
                 chunks.adopt(key, name)
             try:
-                for text_range in text_ranges(self.source, task, self.config.text_column, limits):
-                    window = self.encoder.tokenize(text_range.texts)
+                for text_range in times.each(text_ranges(self.source, task, self.config.text_column, limits), READ):
+                    with times.measure(TOKENISE):
+                        window = self.encoder.tokenize(text_range.texts)
                     self._name_bad_rows(task.table, text_range.row_range, window)
                     yield _Item(table=task.table, row_range=text_range.row_range, window=window)
             except (DataError, StoreError) as error:
                 if isinstance(error, StoreError) and self.source.is_durable:
                     raise  # S3 was retried for minutes; the job cannot continue
                 emit(FileBroken(path=task.table.path, reason=str(error)))
+            yield TaskDone(path=task.table.path, row_group=task.row_group)
 
     def _name_bad_rows(self, table: Table, row_range: RowRange, window: Window) -> None:
         first = sum(table.row_group_rows[: row_range.row_group]) + row_range.start
@@ -145,7 +164,9 @@ class Pipeline:
             )
 
 
-def _read_ahead(items: Iterator[T], depth: int, should_stop: Callable[[], bool]) -> Generator[T, None, None]:
+def _read_ahead(
+    items: Iterator[T], depth: int, should_stop: Callable[[], bool], times: StageTimes
+) -> Generator[T, None, None]:
     """Iterate over `items` in a thread, up to `depth` ahead. A stop ends the wait for a slow disk."""
     ready: queue.Queue[Any] = queue.Queue(depth)
     closed = threading.Event()
@@ -161,8 +182,9 @@ def _read_ahead(items: Iterator[T], depth: int, should_stop: Callable[[], bool])
     def read() -> None:
         try:
             for item in items:
-                if not put(item):
-                    return
+                with times.measure(READ_WAITS):
+                    if not put(item):
+                        return
             put(end)
         except BaseException as error:
             put(error)
@@ -186,8 +208,8 @@ def _read_ahead(items: Iterator[T], depth: int, should_stop: Callable[[], bool])
 class _Saver:
     """Saves one chunk while the next one is computed."""
 
-    def __init__(self, chunks: ChunkStore, dtype: str, emit: Callable[[Event], None]) -> None:
-        self._chunks, self._dtype, self._emit = chunks, dtype, emit
+    def __init__(self, chunks: ChunkStore, dtype: str, emit: Callable[[Event], None], times: StageTimes) -> None:
+        self._chunks, self._dtype, self._emit, self._times = chunks, dtype, emit, times
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="embed-saver")
         self._saving: Future[None] | None = None
 
@@ -216,27 +238,44 @@ class _Saver:
             self.wait()
             self._saving = self._thread.submit(self._save_partial, item, partial, computed_by)
 
+    def tell(self, done: TaskDone) -> None:
+        """Emit that a task is done when its last chunk is saved, without waiting for it."""
+        saving = self._saving
+
+        def emit() -> None:
+            if saving is None or saving.exception() is None:  # the only thread, so the save before is finished
+                self._emit(replace(done, seconds=self._times.take()))
+
+        self._thread.submit(emit)
+
+    @property
+    def has_failed(self) -> bool:
+        return self._saving is not None and self._saving.done() and self._saving.exception() is not None
+
     def wait(self) -> None:
         """Wait for the save in progress and re-raise its error."""
         if self._saving is not None:
-            self._saving.result()
+            with self._times.measure(COMPUTE_WAITS):
+                self._saving.result()
 
     def close(self) -> None:
         self._thread.shutdown(wait=False)
 
     def _save_partial(self, item: _Item, partial: Encoded, computed_by: list[dict[str, Any]]) -> None:
         key = partial_key_of(file_key(item.table), item.row_range)
-        name = self._chunks.commit(key, to_bytes(partial, PARTIAL_DTYPE, computed_by))
+        with self._times.measure(SAVE):
+            name = self._chunks.commit(key, to_bytes(partial, PARTIAL_DTYPE, computed_by))
         self._emit(PartialSaved(key=key, name=name, rows=partial.rows_done))
 
     def _save(
         self, item: _Item, encoded: Encoded, computed_by: list[dict[str, Any]], computed: int, resumed: int
     ) -> None:
-        data = to_bytes(encoded, self._dtype, computed_by)
         file = file_key(item.table)
-        name = self._chunks.commit(key_of(file, item.row_range), data)
         partial = partial_key_of(file, item.row_range)
-        self._chunks.drop([partial])
+        with self._times.measure(SAVE):
+            data = to_bytes(encoded, self._dtype, computed_by)
+            name = self._chunks.commit(key_of(file, item.row_range), data)
+            self._chunks.drop([partial])
         self._emit(
             ChunkSaved(
                 path=item.table.path,

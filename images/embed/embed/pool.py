@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import queue
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -19,7 +20,7 @@ from embed.config import EmbedConfig
 from embed.data.chunks import ModelInfo, Task
 from embed.model import Encoder
 from embed.pipeline import Pipeline
-from embed.state import NOTHING_COMPUTED, Event
+from embed.state import NOTHING_COMPUTED, Event, TaskDone
 from estiba.checkpoint import ChunkStore
 from estiba.errors import EstibaError
 from estiba.log import get_logger
@@ -32,7 +33,6 @@ logger = get_logger(__name__)
 CLOSE_TIMEOUT_S = 30.0
 """Time for a worker to finish a save; well within the grace period of a stop."""
 POLL_S = 0.2
-TASK_DONE = "task done"
 CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -50,7 +50,8 @@ class InProcess:
 
 
 class MultiProcess:
-    """One process per device, each with its own model. A process takes the next row group as soon as it is free."""
+    """One process per device, each with its own model. A process takes the next row group as soon as it has room for
+    more windows, and computes without a pause between two."""
 
     def __init__(self, config: EmbedConfig, input_location: str, devices: Sequence[str | None], stop: Stop) -> None:
         context = get_context("spawn")  # neither a CUDA context nor obstore's runtime survives a fork
@@ -96,10 +97,8 @@ class MultiProcess:
                 self._stop.set()
                 self._drain(emit)
                 return
-            if event == TASK_DONE:
-                remaining -= 1
-            else:
-                emit(event)
+            remaining -= isinstance(event, TaskDone)
+            emit(event)
 
     def _drain(self, emit: Callable[[Event], None]) -> None:
         """Record what the workers save while they stop."""
@@ -107,7 +106,7 @@ class MultiProcess:
         while time.monotonic() < deadline and any(process.is_alive() for process in self._processes):
             with contextlib.suppress(queue.Empty):
                 event = self._events.get(timeout=POLL_S)
-                if event != TASK_DONE and not isinstance(event, Exception):
+                if not isinstance(event, Exception):
                     emit(event)
 
     def close(self) -> None:
@@ -146,16 +145,14 @@ def _serve(
         encoder = Encoder(config)
         events.put(encoder.info)
         pipeline = Pipeline(config=config, encoder=encoder, source=open_store(input_location))
-        chunks: ChunkStore | None = None
-        while not stop.is_set():
-            try:
-                url, prefix, task = tasks.get(timeout=POLL_S)
-            except queue.Empty:
-                continue
-            if chunks is None:
-                chunks = ChunkStore(open_store(url), prefix, listed=False)
-            pipeline.run([task], chunks, events.put, stop.is_set)
-            events.put(TASK_DONE)
+        received = _received(tasks, stop)
+        first = next(received, None)
+        if first is None:
+            return
+        url, prefix, _ = first
+        # One pipeline for all tasks: it reads the next one while a task is computed and saved.
+        all_tasks = (task for _, _, task in itertools.chain([first], received))
+        pipeline.run(all_tasks, ChunkStore(open_store(url), prefix, listed=False), events.put, stop.is_set)
     except Exception as error:
         is_reportable = isinstance(error, EstibaError)
         try:
@@ -163,6 +160,13 @@ def _serve(
         finally:
             events.close()
             events.join_thread()
+
+
+def _received(tasks: Any, stop: Any) -> Iterator[tuple[str, str, Task]]:
+    """What the main process sends, until it says stop: the address and prefix of the chunks, and a task."""
+    while not stop.is_set():
+        with contextlib.suppress(queue.Empty):
+            yield tasks.get(timeout=POLL_S)
 
 
 def limit_threads(workers: int) -> None:

@@ -16,6 +16,7 @@ from embed.artifacts.written import Written, from_ledger, from_metadata
 from embed.config import EmbedConfig
 from embed.data.chunks import PARTIAL, Coverage, RowRange, Task, encoded_from, file_key, key_of, range_of, vector_type
 from embed.data.table import BadFile, Table
+from embed.stages import JOIN, StageTimes
 from estiba.checkpoint import ChunkStore, Ledger
 from estiba.errors import DataError
 from estiba.log import get_logger
@@ -82,7 +83,17 @@ class FileBroken:
     reason: str
 
 
-Event = ChunkSaved | FileBroken | PartialSaved | RowsComputed
+@dataclass(frozen=True, kw_only=True)
+class TaskDone:
+    """The chunks of a task are saved, or its file cannot be read."""
+
+    path: str
+    row_group: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    """What the stages of the worker's pipeline took since its last task."""
+
+
+Event = ChunkSaved | FileBroken | PartialSaved | RowsComputed | TaskDone
 
 
 @dataclass(kw_only=True)
@@ -125,6 +136,7 @@ class JobState:
     old_outputs: frozenset[str] = frozenset()
     """Outputs that were there when the job started and are not known to be current."""
     attempt: Attempt = field(default_factory=Attempt)
+    stages: StageTimes = field(default_factory=StageTimes)
     progress: Progress | None = None
     lost: list[RowRange] = field(default_factory=list)
     error: BaseException | None = None
@@ -231,6 +243,9 @@ class JobState:
             if isinstance(event, RowsComputed):
                 self._advance(event.path, event.rows, event.tokens, event.padded_tokens)
                 return
+            if isinstance(event, TaskDone):
+                self.stages.add(event.seconds)
+                return
             item = self.files[event.path]
             if isinstance(event, FileBroken):
                 self._give_up(item, event.reason)
@@ -281,17 +296,18 @@ class JobState:
         if self._abandoned.is_set() or self.error is not None:
             return
         try:
-            written = write_output(
-                source=self.source,
-                target=self.target,
-                table=item.table,
-                coverage=item.coverage,
-                chunks=self.chunks,
-                config=self.config,
-                vector_type=self._vector_type,
-                provenance=self.provenance,
-                should_abandon=self._abandoned.is_set,
-            )
+            with self.stages.measure(JOIN):
+                written = write_output(
+                    source=self.source,
+                    target=self.target,
+                    table=item.table,
+                    coverage=item.coverage,
+                    chunks=self.chunks,
+                    config=self.config,
+                    vector_type=self._vector_type,
+                    provenance=self.provenance,
+                    should_abandon=self._abandoned.is_set,
+                )
             self._joined(item, written)
         except ChunkLost as lost:
             with self.lock:

@@ -347,6 +347,7 @@ def test_two_workers_write_the_same_bytes_as_one_with_as_many_threads_each(root,
         torch.set_num_threads(threads)
     results = run(tiny_model, workers=2)
     assert results["rows"]["computed_in_this_attempt"] == results["rows"]["total"]
+    assert results["stages"]["compute"]["busy_s"] > 0
     assert compare(root / "solo", root / "output/data") == []
 
 
@@ -359,6 +360,16 @@ def test_results_sum_the_guides_token_column_and_price_a_known_instance(root, in
     results = run(tiny_model)
     assert results["tokens_aproximados"] == 7
     assert results["cost"]["usd_per_h"] == 0.7364 and results["cost"]["price_date"]
+
+
+def test_results_say_how_long_each_stage_worked_in_this_attempt(root, inputs, tiny_model):
+    make_input(inputs, files=2, rows=300, seed=11)
+    stages = run(tiny_model)["stages"]
+    assert list(stages) == ["read", "tokenise", "compute", "save", "join"]
+    assert all(stage["busy_s"] > 0 for stage in stages.values())
+    assert {name for name, stage in stages.items() if "waiting_s" in stage} == {"read", "compute"}
+    again = run(tiny_model)["stages"]
+    assert {seconds for stage in again.values() for seconds in stage.values()} == {0.0}
 
 
 def test_two_jobs_on_one_checkpoint_directory_are_refused(root, inputs, tiny_model):

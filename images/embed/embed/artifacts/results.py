@@ -87,6 +87,7 @@ def results_of(
             "until_model_loaded": round(loaded - started, 3),
             "embedding": round(compute_s, 3),
         },
+        "stages": state.stages.as_json(),
         "rows_per_s": round(rows_per_s, 2),
         "tokens_per_s": round(tokens_per_s, 1),
         "peak_memory_bytes": peak_memory_bytes(),
