@@ -24,6 +24,9 @@ _ROLES = {
     "chatbot": "assistant",
     "model": "assistant",
     "ai": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "claude": "assistant",
     "agent": "assistant",
     "tool": "tool",
     "function": "tool",
@@ -101,6 +104,18 @@ def parse_embedded(value: Any) -> Any:
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             pass
     return value
+
+
+def system_text(value: Any) -> str:
+    """Return a system message, which may have parts as messages have. Raises BadMessageError."""
+    if isinstance(value, dict):
+        value = next((value[key] for key in _CONTENT_KEYS if value.get(key) is not None), value)
+    if not isinstance(value, (dict, list)):
+        return as_text(value)
+    try:
+        return _content(0, value)
+    except BadMessageError as error:
+        raise BadMessageError(error.reason, "the system message has a part that is not text; write text") from error
 
 
 def user_turn(content: str) -> dict[str, Any]:

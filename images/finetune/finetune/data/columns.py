@@ -18,6 +18,8 @@ _MAX_MEASURED = 100
 _PREDICTED = 0.5
 _MANY_VALUES = 0.05
 _LONG_CHARS = 200
+_TOLD_APART = 0.95
+"""The smallest share of the rows that keys without a serial number tell apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +44,8 @@ def choose_columns(where: str, columns: Mapping[str, Sequence[str]], settings: D
     Targets are the columns that another one decides, and numbers that none predicts. Keys are the columns that decide
     them, and as few others as tell the rows apart.
     """
-    count = len(next(iter(columns.values())))
-    rows = sample_rows(count, len(columns), settings.seed)
+    distinct = _distinct_rows(columns)
+    rows = [distinct[index] for index in sample_rows(len(distinct), len(columns), settings.seed)]
     sample = {name: [cells[row].strip() for row in rows] for name, cells in columns.items()}
     profiles = {name: profile(name, cells) for name, cells in sample.items()}
     constant = [name for name in columns if profiles[name].is_constant]
@@ -55,11 +57,15 @@ def choose_columns(where: str, columns: Mapping[str, Sequence[str]], settings: D
         raise ConfigError(
             f"--target-columns and --key-columns both name {sorted(both)[0]!r}; a question states its keys"
         )
+    if len(rows) == 1:
+        useful = [name for name in columns if profiles[name].distinct]
+        constant = [name for name in columns if name not in useful]
+        warnings.append(f"{where}: has one row, or the same row each time; its last cell is asked for")
     if len(useful) < 2 and not (given_targets and (given_keys or len(columns) > 1)):
         found_columns = f"only the column {useful[0]!r} has" if useful else "no column has"
         raise DataError(
             f"{where}: {found_columns} more than one value, so there is nothing to ask; "
-            "to train on a column's text give --text-column NAME"
+            "to train on a column's text give --text-column NAME, or --csv-delimiter if its cells are several"
         )
     if len(useful) > _MAX_MEASURED:
         named = {*given_targets, *given_keys}
@@ -79,6 +85,9 @@ def choose_columns(where: str, columns: Mapping[str, Sequence[str]], settings: D
             "set --target-columns to ask for others"
         )
     keys = given_keys or _default_keys(useful, targets, decided, unpredicted, profiles, sample)
+    if not keys and not given_targets and len(targets) > 1:
+        keys = [max(targets, key=lambda name: profiles[name].distinct)]
+        targets = [name for name in targets if name not in keys]
     if not keys:
         raise DataError(f"{where}: no column is left to state in a question; give --key-columns, or fewer targets")
     predictability = {name: found.best(name, [k for k in useful if k in keys])[1] for name in targets if name in useful}
@@ -96,6 +105,14 @@ def choose_columns(where: str, columns: Mapping[str, Sequence[str]], settings: D
         predictability={name: round(value, 4) for name, value in predictability.items()},
         warnings=warnings,
     )
+
+
+def _distinct_rows(columns: Mapping[str, Sequence[str]]) -> list[int]:
+    """The first of each row. A row that is there twice would make each of its cells decide all others."""
+    first: dict[tuple[str, ...], int] = {}
+    for index, row in enumerate(zip(*columns.values(), strict=True)):
+        first.setdefault(row, index)
+    return list(first.values())
 
 
 def _named(names: Sequence[str] | None, columns: Sequence[str], setting: str) -> list[str]:
@@ -169,13 +186,14 @@ def _default_keys(
 ) -> list[str]:
     """The deciders of the targets, then the columns that tell most rows apart; all others where nothing is decided.
 
-    A serial number comes last, since it says nothing about its row.
+    A serial number comes last, since it says nothing about its row; where rows are alike without it, it is a key too.
     """
     others = [name for name in useful if name not in targets]
     deciders = list(dict.fromkeys(decided[name] for name in targets if name in decided and decided[name] in others))
     if any(name not in decided and name not in unpredicted for name in targets):
         features = [name for name in others if not profiles[name].is_serial]
-        return features or others  # a label is judged by all features
+        alike = _distinct(sample, [*features, *targets]) < _TOLD_APART * len(next(iter(sample.values())))
+        return others if alike or not features else features  # a label is judged by all features
     free = [name for name in others if name not in deciders and name not in decided and name not in unpredicted]
     keys = list(deciders)
     distinct = _distinct(sample, keys)

@@ -14,6 +14,7 @@ from finetune.data.chats import (
     parse_embedded,
     parse_messages,
     parse_tools,
+    system_text,
     user_turn,
 )
 from finetune.data.plain_text import cut_text
@@ -58,7 +59,7 @@ def _texts(source: str, text: str, chunk_chars: int) -> Iterator[Record]:
 
 
 def _chat(source: str, messages: list[dict[str, Any]], cells: dict[str, Any]) -> Record:
-    system = as_text(cells.get("system")).strip()
+    system = system_text(cells.get("system")).strip()
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
     check_conversation(messages)

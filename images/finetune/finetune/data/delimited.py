@@ -151,7 +151,7 @@ def _split_preamble(records: list[_RawRecord], columns: int) -> tuple[list[BadRo
     for record in records[:_PREAMBLE_LINES]:
         filled = sum(bool(cell.strip()) for cell in record.cells)
         is_comment = record.cells[0].startswith("#") and len(record.cells) != columns
-        is_title = columns > 2 and filled == 1 and len(record.cells) in (1, columns)
+        is_title = columns > 2 and filled < 2 and len(record.cells) in (1, columns)
         if not is_comment and not is_title:
             break
         count += 1

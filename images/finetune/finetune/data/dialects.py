@@ -19,6 +19,7 @@ _USUAL = (",", "\t", ";", "|")
 _UNUSUAL = ("\x01", "\x1f", "\x1e", "^", "~", "¦", "§")
 _OPEN_TSV_QUOTE = re.compile(r'(?:^|\t)"', re.MULTILINE)
 _TSV_QUOTES = re.compile(r'(?:^|\t)"(?:[^"]|"")*"(?=[\t\r\n]|\Z)', re.MULTILINE)
+_SINGLE_QUOTED_LINE = re.compile(r"'.+'")
 _MOST = 0.8
 _ALMOST = 0.05
 """Delimiters that score within this share of the best are ranked by their quotes and their order."""
@@ -60,6 +61,8 @@ class Guess:
     agreement: float
     """Share of the rows that have this number of cells."""
     header_agrees: bool
+    first_agrees: bool
+    """Whether the first row has this number of cells; decimal commas are in the rows below it alone."""
     stray_quotes: float
     """Share of the cells that hold a quote where none should be."""
     single_quoted: float
@@ -84,11 +87,13 @@ def guess_dialect(lines: list[str], *, delimiter: str | None = None, quote: str 
         guesses = [guess for mark in delimiters if (guess := _guess(sample, mark, quote)) is not None]
         if not guesses:
             continue
-        best = max(guesses, key=lambda guess: (guess.agreement + guess.header_agrees, -guess.stray_quotes))
+        best = max(
+            guesses, key=lambda guess: (guess.agreement + guess.header_agrees, guess.first_agrees, -guess.stray_quotes)
+        )
         close = [
             guess
             for guess in guesses
-            if guess.header_agrees == best.header_agrees
+            if (guess.header_agrees, guess.first_agrees) == (best.header_agrees, best.first_agrees)
             and guess.agreement >= best.agreement - _ALMOST
             and guess.stray_quotes <= best.stray_quotes
         ]
@@ -104,13 +109,18 @@ def _guess(sample: list[str], delimiter: str, quote: str | None) -> Guess | None
         # many tools write tabs without quoting; then a quote is part of the text
         return _variants(sample, Dialect(delimiter=delimiter, quote=None))
     double = _variants(sample, Dialect(delimiter=delimiter))
+    if double is None and '"' in text:
+        return None  # the delimiter stands inside quotes alone
     if double is not None and 2 * text.count("'") < double.records:
         return double
     single = _variants(sample, Dialect(delimiter=delimiter, quote="'"))
     if double is None or single is None:
         return double or single
     fits_better = single.agreement + single.header_agrees > double.agreement + double.header_agrees
-    return single if fits_better or double.single_quoted > _MOST else double
+    fits_as_well = single.agreement + single.header_agrees >= double.agreement + double.header_agrees
+    whole = sum(_SINGLE_QUOTED_LINE.fullmatch(line.strip()) is not None for line in sample)
+    is_quoted = double.single_quoted > _MOST or (fits_as_well and whole > _MOST * double.records)
+    return single if fits_better or is_quoted else double
 
 
 def _variants(sample: list[str], dialect: Dialect) -> Guess | None:
@@ -156,6 +166,7 @@ def _judge(sample: list[str], dialect: Dialect) -> Guess | None:
         columns=columns,
         agreement=len(fitting) / len(records),
         header_agrees=any(len(cells) == columns for cells in records[:2]),
+        first_agrees=len(records[0]) == columns,
         stray_quotes=stray / len(cells),
         single_quoted=in_single / max(1, len(filled)),
         blank_starts=sum(cell[0] == " " for cell in later) / max(1, len(later)),

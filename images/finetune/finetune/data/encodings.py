@@ -24,7 +24,13 @@ _NUL_SHARE = 0.02
 _DAMAGED_LINE_SHARE = 0.01
 _ESCAPED = re.compile("[\udc80-\udcff]+")
 _CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
+_SEPARATORS = "\x01\x1e\x1f"
+"""Control characters that delimited files use."""
 _WESTERN_SHARE = 0.95
+_MIXED_SHARE = 0.05
+"""Lines of UTF-8 among those of a Western code page, which never looks like UTF-8, show two encodings in one file."""
+_MIXED_SHARE_OTHERS = 1 / 3
+"""Short words of other code pages may be valid UTF-8 by accident."""
 _JUDGED = frozenset(
     """cp932 shift_jis shift_jis_2004 euc_jp iso2022_jp gb18030 hz cp949 johab cp950 big5hkscs cp1250 cp1251 cp1253
     cp1254 cp1255 cp1256 koi8_r koi8_u cp866 tis_620 iso8859_11 cp874""".split()
@@ -140,7 +146,7 @@ def _not_utf8(name: str, data: bytes) -> Decoded:
     is_one_accident = len(foreign) <= max(1, _DAMAGED_LINE_SHARE * len(lines)) and (
         len(lines) >= 100 or not _is_western(foreign[0])
     )
-    if is_mostly_utf8 or is_one_accident:
+    if is_mostly_utf8 or is_one_accident or _is_mixed(lines, foreign):
         other = "" if valid else "; if they are no accident, give --encoding, such as cp1252"
         evidence = f"UTF-8 with {bad_bytes} bad byte{'s' * (bad_bytes > 1)}, the first in line {first}{other}"
         _refuse_binary(name, text)
@@ -154,6 +160,17 @@ def _not_utf8(name: str, data: bytes) -> Decoded:
     decoded = data.decode(codec)
     _refuse_binary(name, decoded)
     return Decoded(text=decoded, encoding=codec, evidence=evidence)
+
+
+def _is_mixed(lines: list[bytes], foreign: list[bytes]) -> bool:
+    """Whether other lines than the foreign ones hold UTF-8, as where files of two encodings were joined."""
+    utf8 = sum(not line.isascii() for line in lines) - len(foreign)
+    share = _MIXED_SHARE if _western_share(foreign) > _WESTERN_SHARE else _MIXED_SHARE_OTHERS
+    return utf8 > 1 and utf8 > share * (utf8 + len(foreign))
+
+
+def _western_share(foreign: list[bytes]) -> float:
+    return sum(map(_is_western, foreign[:1000])) / min(1000, len(foreign))
 
 
 def _is_utf8(line: bytes) -> bool:
@@ -182,7 +199,7 @@ def _legacy_encoding(foreign: list[bytes], data: bytes) -> tuple[str | None, str
         sample += line + b"\n"
         if len(sample) > _SAMPLE_BYTES:
             break
-    western = sum(map(_is_western, foreign[:1000])) / min(1000, len(foreign))
+    western = _western_share(foreign)
     if western > _WESTERN_SHARE:
         latin = "cp1252" if _decodes(data, "cp1252") else "latin_1"
         return latin, f"not UTF-8; {latin}: {western:.0%} of the affected lines read as Western European text"
@@ -208,7 +225,7 @@ def _decodes(data: bytes, codec: str) -> bool:
 def _refuse_binary(name: str, text: str) -> None:
     """Raise DataError for text that is mostly control characters."""
     sample = text[:_SAMPLE_BYTES]
-    controls = len(_CONTROLS.findall(sample))
+    controls = sum(mark not in _SEPARATORS for mark in _CONTROLS.findall(sample))
     if controls > 4 and controls > 0.02 * len(sample):
         raise DataError(
             f"{name}: is binary data, not text ({controls} control characters in its first {len(sample):,}); "

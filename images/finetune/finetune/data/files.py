@@ -28,13 +28,14 @@ _MAGIC: tuple[tuple[bytes, Callable[[BinaryIO], BinaryIO]], ...] = (
     (b"\x1f\x8b", lambda raw: cast(BinaryIO, gzip.GzipFile(fileobj=raw))),
     (b"\x28\xb5\x2f\xfd", lambda raw: cast(BinaryIO, zstd.ZstdFile(raw))),
     (b"\xfd7zXZ\x00", lambda raw: cast(BinaryIO, lzma.LZMAFile(raw))),  # noqa: SIM115 - closed by the caller
+    (b"\x5d\x00\x00", lambda raw: cast(BinaryIO, lzma.LZMAFile(raw))),  # noqa: SIM115 - closed by the caller
     (b"BZh", lambda raw: cast(BinaryIO, bz2.BZ2File(raw))),
 )
 _MAX_LAYERS = 2
 _DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError, zstd.ZstdError, ValueError)
 _COMPANIONS = re.compile(
     r"(readme|licen[cs]e|copying|notice|changelog|contributing)(\.\w+)?|_.*|dataset_infos?\.json|requirements\.txt"
-    r"|.*\.(py|sh|crc|md5|sha\d+|manifest)",
+    r"|.*\.(py|sh|crc|md5|sha\d+|manifest)|.*_\$folder\$",
     re.IGNORECASE,
 )
 """Files that stand beside data and are not data. Given by name, they are read."""
@@ -72,11 +73,11 @@ def find_files(locations: Sequence[Path]) -> FoundFiles:
                 elif _COMPANIONS.fullmatch(path.name):
                     companions.append(name)
                 else:
-                    files.setdefault(path.resolve(), InputFile(path=path, name=name))
+                    files.setdefault(Path(os.path.realpath(path)), InputFile(path=path, name=name))
         elif os.path.lexists(location):
             is_taken = any(file.name == location.name for file in files.values())
             name = location.as_posix() if is_taken else location.name
-            files.setdefault(location.resolve(), InputFile(path=location, name=name))
+            files.setdefault(Path(os.path.realpath(location)), InputFile(path=location, name=name))
         else:
             raise ConfigError(f"{location}: no such file or folder; give a data file or a folder of data files")
     if not files:
@@ -113,8 +114,18 @@ def read_file(file: InputFile) -> bytes:
 
 
 def _walk(folder: Path) -> list[Path]:
-    paths = [Path(parent) / name for parent, _, names in os.walk(folder) for name in names]
+    """The files in a folder and in those that it links to, each folder once."""
+    paths: list[Path] = []
+    visited: set[str] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=_unreadable):
+        visited.add(os.path.realpath(parent))
+        folders[:] = [name for name in sorted(folders) if os.path.realpath(os.path.join(parent, name)) not in visited]
+        paths += [Path(parent) / name for name in names]
     return sorted(paths, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _unreadable(error: OSError) -> None:
+    raise DataError(f"{error.filename}: cannot be read ({error.strerror}); check the folder's permissions") from error
 
 
 def _is_compressed(data: bytes, magic: bytes) -> bool:

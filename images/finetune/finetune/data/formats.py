@@ -21,6 +21,20 @@ _COMPRESSED_SUFFIX = re.compile(r"(\.(gz|gzip|zst|zstd|xz|lzma|bz2))+$", re.IGNO
 _DELIMITED = frozenset({"csv", "tsv", "tab", "psv"})
 _JSON = frozenset({"json", "jsonl", "ndjson", "jsonlines"})
 _TEXT = frozenset({"txt", "text", "md", "markdown", "rst", "log", ""})
+_OTHERS = {
+    "yaml": "YAML",
+    "yml": "YAML",
+    "toml": "TOML",
+    "ini": "INI",
+    "sql": "SQL",
+    "arff": "ARFF",
+    "html": "HTML",
+    "htm": "HTML",
+    "xml": "XML",
+}
+"""Formats that are text and are not read."""
+_PADDING = "\x00\x1a"
+"""What some programs write after the end of a text: NUL, and the end-of-file mark of DOS."""
 _AGREEMENT = 0.9
 _HEADER_CHARS = 60
 
@@ -38,10 +52,14 @@ def parse(name: str, data: bytes, settings: DataSettings) -> ReadFile:
     if data.startswith(PARQUET_MAGIC):
         return ReadFile(parsed=parse_parquet(name, data), encoding=None, evidence="")
     decoded = decode(name, data, settings.encoding)
-    if not decoded.text.strip():
-        raise DataError(f"{name}: holds only blank space; remove it, or restore its content")
     text = decoded.text.replace("\n\ufeff", "\n")  # the byte order marks of files that were joined
-    parsed = _parse_text(name, text, settings)
+    body = text.rstrip(_PADDING)
+    if not body.strip():
+        raise DataError(f"{name}: holds only blank space; remove it, or restore its content")
+    parsed = _parse_text(name, body, settings)
+    if len(body) < len(text):
+        count = len(text) - len(body)
+        parsed.warnings.append(f"{name}: ignores {count:,} NUL or end-of-file character{'s' * (count > 1)} at its end")
     if decoded.is_damaged:
         parsed.warnings.append(f"{name}: {decoded.evidence}")
     return ReadFile(parsed=parsed, encoding=decoded.encoding, evidence=decoded.evidence)
@@ -49,12 +67,17 @@ def parse(name: str, data: bytes, settings: DataSettings) -> ReadFile:
 
 def _parse_text(name: str, text: str, settings: DataSettings) -> ParsedFile:
     suffix = _COMPRESSED_SUFFIX.sub("", name).rpartition("/")[2].rpartition(".")[2].lower() if "." in name else ""
+    if suffix in _OTHERS and not looks_like_json(text):
+        raise DataError(
+            f"{name}: is {_OTHERS[suffix]}, which is not read; convert it to CSV, JSON Lines or parquet, or name it .txt "
+            "to train on it as plain text"
+        )
     if looks_like_python(text):
         raise DataError(
             f"{name}:1: holds Python literals, not JSON ({text.strip()[:30]!r}: JSON has double quotes); "
             "write it with json.dump"
         )
-    if looks_like_json(text) or (suffix in _JSON and text.lstrip().startswith('"')):
+    if looks_like_json(text) or (suffix in _JSON and text.lstrip().startswith(('"', "[", "{"))):
         return parse_json(name, text)
     lines = split_lines(text)
     guess = delimited.guess_for(lines, settings)

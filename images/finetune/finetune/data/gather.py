@@ -75,6 +75,8 @@ class Gathered:
         """Join paragraphs up to the length of a record. None of a document is held out without the rest."""
         limit = self.settings.text_chunk_chars
         shape = text_shape("text", parsed.columns)
+        lines = [Row(row.line, {"text": line}) for row in parsed.rows for line in row.cells["text"].splitlines()]
+        refuse_numbers(name, "text", lines)
         chunks: list[tuple[int, list[str]]] = []
         size = 0
         for row in parsed.rows:

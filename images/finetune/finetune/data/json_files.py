@@ -67,6 +67,8 @@ def parse_json(name: str, text: str) -> ParsedFile:
     values = list(_values(name, text))
     if len(values) == 1:
         parsed = _one_value(name, values[0])
+        if not parsed.row_count:
+            raise DataError(f"{name}: holds an empty list, so no row; restore its content")
         if parsed.unit == "object" and len(filled) == 1 and name.lower().endswith(("jsonl", "ndjson")):
             parsed.format, parsed.unit = "jsonl", "line"
         return parsed
@@ -189,8 +191,7 @@ def _from_list(values: list[Any], format_name: str, unit: str) -> ParsedFile:
     parsed = ParsedFile(format=format_name, columns=[], unit=unit)
     if values and all(isinstance(value, list) for value in values):
         values = _with_header(values)
-    for number, value in enumerate(values, start=1):
-        _add(parsed, number, value, unit)
+    _add_all(parsed, list(enumerate(values, start=1)), unit)
     return _finished(parsed)
 
 
@@ -219,6 +220,7 @@ def _is_complete_object(line: str) -> bool:
 
 def _json_lines(lines: list[str]) -> ParsedFile:
     parsed = ParsedFile(format="jsonl", columns=[])
+    found_values: list[tuple[int, Any]] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -244,8 +246,9 @@ def _json_lines(lines: list[str]) -> ParsedFile:
             detail = f"not JSON at column {error.pos + 1} ({error.msg}; {shown}); write one object on each line"
             parsed.bad.append(BadRow(number, _NOT_JSON, detail))
             continue
-        for value in values:
-            _add(parsed, number, value, "line")
+        found_values += [(number, value) for value in values]
+    _add_all(parsed, found_values, "line")
+    parsed.bad.sort(key=lambda row: row.line)
     return _finished(parsed)
 
 
@@ -263,6 +266,25 @@ def _line_values(line: str) -> list[Any]:
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
+def _add_all(parsed: ParsedFile, values: list[tuple[int, Any]], unit: str) -> None:
+    """Add each value. Where all are strings, they are texts; a list of messages is a conversation."""
+    are_texts = bool(values) and all(map(_is_text, (value for _, value in values)))
+    for number, value in values:
+        if are_texts:
+            value = {"text": value}
+        elif isinstance(value, list) and value and all(isinstance(item, dict) and _is_message(item) for item in value):
+            value = {"messages": value}
+        _add(parsed, number, value, unit)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not isinstance(value, Number) and value.lstrip()[:1] not in ("{", "[")
+
+
+def _is_message(value: dict[str, Any]) -> bool:
+    return bool(value.keys() & {"role", "from"}) and bool(value.keys() & {"content", "value", "tool_calls", "parts"})
+
+
 def _add(parsed: ParsedFile, number: int, value: Any, unit: str) -> None:
     if not isinstance(value, dict):
         holds_json = isinstance(value, str) and value.lstrip().startswith("{")
@@ -273,11 +295,24 @@ def _add(parsed: ParsedFile, number: int, value: Any, unit: str) -> None:
         parsed.bad.append(BadRow(number, "nested too deep", f"nested more than {MAX_NESTING} deep; flatten it"))
     elif not all(map(_is_unicode, value)):
         parsed.bad.append(BadRow(number, "not UTF-8", "a key holds half of a surrogate pair; export the text again"))
+    elif length := _too_long(value):
+        longest = f"{MAX_LINE_CHARS // 10**6} million"
+        parsed.bad.append(
+            BadRow(number, "line too long", f"a text of {length:,} characters, more than {longest}; split the record")
+        )
     elif not value:
         parsed.bad.append(BadRow(number, "no field", f"an empty {unit if unit == 'object' else 'object'}; remove it"))
     else:
         cells = {key.strip(): item for key, item in value.items()}
         parsed.rows.append(Row(number, cells))
+
+
+def _too_long(value: Any) -> int | None:
+    """Return the length of a string that no record should have, here or in a value inside."""
+    if isinstance(value, str):
+        return len(value) if len(value) > MAX_LINE_CHARS else None
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((length for item in inner if (length := _too_long(item))), None)
 
 
 def _is_unicode(text: str) -> bool:

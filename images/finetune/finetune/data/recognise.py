@@ -27,7 +27,7 @@ _PROMPTS: dict[str, tuple[str, ...]] = {
 """The name of a prompt -> the names of its answer, the likeliest first."""
 _CONTEXTS = {"instruction": ("input", "context"), "question": ("context", "passage"), "query": ("context",)}
 _EXTRAS = {
-    "system": ("system", "system_prompt", "system_message"),
+    "system": ("system", "system_prompt", "system_message", "system_instruction", "systeminstruction"),
     "tools": ("tools", "functions"),
     "history": ("history",),
 }
@@ -45,6 +45,7 @@ _PREFERENCES = (
 _METADATA = frozenset("id idx index uuid source url date timestamp lang language split meta metadata".split())
 _SAMPLE_ROWS = 1000
 _NUMBERS_SHARE = 0.9
+_PROSE_WORDS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,12 +110,24 @@ def shape_of(where: str, columns: Sequence[str], rows: Sequence[Row]) -> Shape:
         others = [name for name in by_name if by_name[name] != text and name not in _METADATA]
         if not LABELS.intersection(others):
             return text_shape(text, columns)
-    return Shape(records="table")
+    prose = _prose_column(by_name, sample)
+    return text_shape(prose, columns) if prose is not None else Shape(records="table")
 
 
 def text_shape(column: str, columns: Iterable[str]) -> Shape:
     ignored = tuple(other for other in columns if other != column)
     return Shape(records="text", fields={"text": column}, ignored=ignored)
+
+
+def _prose_column(by_name: dict[str, str], rows: Sequence[Row]) -> str | None:
+    """The only column that is no metadata, if its cells are sentences: there is nothing else to ask for or from."""
+    named = [by_name[name] for name in by_name if name not in _METADATA]
+    filled = [column for column in named if any(as_text(row.cells.get(column)).strip() for row in rows)]
+    if len(filled) != 1:
+        return None
+    cells = [cell for row in rows if (cell := as_text(row.cells.get(filled[0])).strip())]
+    words = sum(len(cell.split()) for cell in cells) / len(cells)
+    return filled[0] if words >= _PROSE_WORDS and not _are_numbers(filled[0], rows) else None
 
 
 def refuse_numbers(where: str, column: str, rows: Sequence[Row]) -> None:

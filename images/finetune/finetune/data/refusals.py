@@ -61,6 +61,7 @@ _MIMETYPES = {
     b"application/epub+zip": ("an EPUB book", _EXTRACT),
 }
 _WEB_PAGE = re.compile(rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*(<!doctype\s+html|<html|<head|<body)", re.I | re.DOTALL)
+_FRAGMENT = re.compile(rb"\s*(<!--.*?-->\s*)*<(table|div|meta|script|style|title|span|p|ul|h[1-6])[\s>]", re.I | re.DOTALL)
 _XML = re.compile(rb"\s*(<\?xml[\s?]|<!DOCTYPE\s)", re.I)
 _XML_TABLES = (
     (b"urn:schemas-microsoft-com:office:spreadsheet", "an Excel spreadsheet (XML)"),
@@ -84,6 +85,8 @@ def _recognise(data: bytes) -> tuple[str, str] | None:
     for offset, magic, what, remedy in _SIGNATURES:
         if head.startswith(magic, offset):
             return what, remedy
+    if _is_old_tar(head):
+        return "a tar archive", _UNPACK
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return _zip_content(data)
     if head.startswith(b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"):
@@ -101,6 +104,15 @@ def _recognise(data: bytes) -> tuple[str, str] | None:
     return _markup(_as_ascii(head), _as_ascii(data[: 2**16]))
 
 
+def _is_old_tar(head: bytes) -> bool:
+    """Whether a block is the header of a tar archive without a magic number, by its checksum."""
+    try:
+        expected = int(head[148:156].strip(b" \x00"), 8)
+    except ValueError:
+        return False
+    return len(head) >= 512 and expected == sum(head[:148]) + 8 * ord(" ") + sum(head[156:512])
+
+
 def _as_ascii(data: bytes) -> bytes:
     """The ASCII letters of UTF-8 and UTF-16 text alike."""
     return data.removeprefix(b"\xef\xbb\xbf").removeprefix(b"\xff\xfe").removeprefix(b"\xfe\xff").replace(b"\x00", b"")
@@ -112,7 +124,7 @@ def _markup(head: bytes, start: bytes) -> tuple[str, str] | None:
         return f"an S3 error message ({error[1].decode()}), not the data", "download it again with valid credentials"
     if _ANSWERS.fullmatch(head):
         return f"a server's answer ({head.decode().strip()}), not the data", "download it again"
-    if _WEB_PAGE.match(head):
+    if _WEB_PAGE.match(head) or _FRAGMENT.match(head):
         return "a web page (HTML)", "download the data itself, or extract its text to a .txt file"
     if _XML.match(head) or head.lstrip().startswith(b"<svg"):
         known = next((what for mark, what in _XML_TABLES if mark in start), None)
