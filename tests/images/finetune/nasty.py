@@ -98,13 +98,19 @@ def zipped(**members: str) -> bytes:
     return buffer.getvalue()
 
 
-def tarred(gz: bool = False) -> bytes:
+def tarred(gz: bool = False, old: bool = False) -> bytes:
+    """An archive; an old one is of the time before the magic number."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz" if gz else "w") as archive:
         member = tarfile.TarInfo("data.csv")
         member.size = 4
         archive.addfile(member, io.BytesIO(b"a,b\n"))
-    return buffer.getvalue()
+    if not old:
+        return buffer.getvalue()
+    header = bytearray(buffer.getvalue())
+    header[148:156], header[257:265] = b" " * 8, bytes(8)
+    header[148:156] = b"%06o\0 " % sum(header[:512])
+    return bytes(header)
 
 
 def sqlite() -> bytes:

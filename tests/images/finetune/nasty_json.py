@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from nasty import CHATS, HELLO, PAIRS, USER, accepted, chat, lines, parquet, refused
+from nasty import CHATS, HELLO, PAIRS, USER, accepted, chat, lines, parquet, refused, with_30_mb
 
 JSON_FILES = [
     accepted("JSON lines", "d.jsonl", lines(PAIRS), format="jsonl", rows=40, kept=40, records="prompt-completion"),
@@ -200,6 +200,20 @@ JSON_FILES = [
         "preference pairs as JSON", "d.jsonl", lines([{"prompt": "a", "chosen": "b", "rejected": "c"}]), "preference"
     ),
     refused("rated answers", "d.jsonl", lines([{"prompt": "a", "completion": "b", "label": True}]), "rated answers"),
+    accepted("an array of texts", "d.json", json.dumps(["One tale.", "Another."]), records="text", kept=2),
+    accepted("lines of texts", "d.jsonl", '"One tale."\n"Another."\n', records="text", kept=2),
+    refused("a text among objects", "d.jsonl", lines([*PAIRS[:9], "a tale"]), "d.jsonl:10", "is a string"),
+    refused("a comment in an array", "d.json", '[\n  // one\n  {"prompt": "a"}]', "d.json:2", "not JSON"),
+    refused("keys without quotes", "d.json", "[{prompt: 'a'}]", "d.json:1", "not JSON"),
+    refused("a wrapped empty array", "d.json", '{"data": []}', "d.json", "no row"),
+    refused("one record of 30 MB", "d.jsonl", with_30_mb('{"text": "') + '"}\n', "d.jsonl:1", "30,000,000 characters"),
+    refused(
+        "a message of 30 MB",
+        "d.jsonl",
+        with_30_mb('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "') + '"}]}\n',
+        "d.jsonl:1",
+        "30,000,000 characters",
+    ),
 ]
 
 CHAT_FILES = [
@@ -388,4 +402,17 @@ CHAT_FILES = [
     ),
     refused("an empty conversation", "c.jsonl", lines([chat()]), "c.jsonl:1", "empty"),
     refused("a weight of 2", "c.jsonl", lines([chat(USER, HELLO | {"weight": 2})]), "c.jsonl:1", "weight"),
+    accepted(
+        "a list of messages on each line",
+        "c.jsonl",
+        lines([[USER, HELLO]]),
+        records="messages",
+        writes=[chat(USER, HELLO)],
+    ),
+    accepted(
+        "system instructions in parts",
+        "c.jsonl",
+        lines([{"contents": [USER, HELLO], "systemInstruction": {"parts": [{"text": "Be brief"}]}}]),
+        writes=[chat({"role": "system", "content": "Be brief"}, USER, HELLO)],
+    ),
 ]

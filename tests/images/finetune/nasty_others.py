@@ -79,6 +79,11 @@ OTHER_KINDS = [
     refused("a zip archive", "t.csv", zipped(data="a,b\n1,2\n"), "zip archive", "unpack"),
     refused("a damaged zip archive", "t.csv", zipped(data="a,b\n" * 99)[:60], "damaged"),
     refused("a tar archive", "t.csv", tarred(), "tar archive"),
+    refused("a tar archive without a magic number", "t.csv", tarred(old=True), "tar archive"),
+    refused("a piece of a web page", "t.xls", "<table border=1><tr><td>a</td></tr></table>", "web page"),
+    refused("YAML", "t.yaml", "- prompt: a\n  completion: b\n", "YAML", "convert"),
+    refused("statements of SQL", "t.sql", "CREATE TABLE t (a int, b int);\nINSERT INTO t VALUES (1, 2);\n", "SQL"),
+    refused("a text file of numbers", "t.txt", "".join(f"{n * 3.5}\n" for n in range(99)), "t.txt:1", "holds numbers"),
     refused("a tar.gz archive", "t.csv.gz", tarred(gz=True), "tar archive"),
     refused(
         "a Git LFS pointer",

@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import json
 import lzma
+import random
 
 from backports import zstd
-from nasty import CITY_TABLE, CSV_PAIRS, PAIRS, SPANISH, accepted, cities, lines, parquet, refused, table, with_30_mb
+from nasty import (
+    CHATS,
+    CITY_TABLE,
+    CSV_PAIRS,
+    PAIRS,
+    SPANISH,
+    accepted,
+    cities,
+    lines,
+    parquet,
+    refused,
+    table,
+    with_30_mb,
+)
 
 DELIMITED = [
     accepted("a table", "t.csv", table(cities()), format="csv", encoding="utf-8", rows=12, kept=12, **CITY_TABLE),
@@ -257,6 +272,58 @@ DELIMITED = [
         "preference pairs by longer names", "t.csv", "prompt,chosen_response,rejected_response\na,b,c\n", "preference"
     ),
     refused("preference pairs", "t.csv", "prompt,chosen,rejected\na,b,c\n", "preference pairs"),
+    accepted(
+        "semicolons and one decimal comma a row",
+        "t.csv",
+        "name;price;unit\n" + "".join(f"n{n};{n},5;u{n % 3}\n" for n in range(30)),
+        columns=["name", "price", "unit"],
+        kept=30,
+    ),
+    accepted(
+        "single quotes around everything",
+        "t.csv",
+        "'prompt','completion'\n'a, b','x, 1'\n'c, d','y, 2'\n",
+        writes=[{"prompt": "a, b", "completion": "x, 1"}, {"prompt": "c, d", "completion": "y, 2"}],
+    ),
+    accepted(
+        "messages in the only column of a CSV",
+        "t.csv",
+        "messages\n" + "".join('"' + json.dumps(chat["messages"]).replace('"', '""') + '"\n' for chat in CHATS),
+        records="messages",
+        kept=40,
+    ),
+    accepted("cells separated by control characters", "t.csv", table(cities(), "\x01"), kept=12, **CITY_TABLE),
+    accepted(
+        "a title and a blank row of delimiters",
+        "t.csv",
+        "Survey of cities,,,\n,,,\n" + table(cities()),
+        kept=12,
+        dropped={"line above the header": ["t.csv:1", "t.csv:2"]},
+        **CITY_TABLE,
+    ),
+    accepted("one row", "t.csv", "a,b,c\n1,x,y\n", rows=1, kept=1, target_columns=["c"], warns="has one row"),
+    accepted("every row twice", "t.csv", table(cities()) + table(cities()[1:]), kept=12, duplicates=12, **CITY_TABLE),
+    accepted(
+        "few values beside a number of the row",
+        "t.csv",
+        "id,name,kind\n" + "".join(f"{n},n{n % 2},k{n % 3}\n" for n in range(30)),
+        kept=30,
+        duplicates=0,
+    ),
+    accepted(
+        "sentences in the only column",
+        "t.csv",
+        "id,review\n" + "".join(f"{n},A film about the number {n}.\n" for n in range(9)),
+        records="text",
+        kept=9,
+    ),
+    accepted(
+        "the end-of-file mark of DOS",
+        "t.csv",
+        table(cities()) + "\x1a\0\0",
+        kept=12,
+        warns="ignores 3 NUL or end-of-file characters at its end",
+    ),
 ]
 
 ENCODINGS = [
@@ -326,6 +393,18 @@ ENCODINGS = [
             "cp949",
             b"",
         ),
+        ("short Chinese", "prompt,completion\n北京,中国\n巴黎,法国\n罗马,意大利\n", 3, "gbk", "gb18030", b""),
+        ("traditional Chinese", "prompt,completion\n蘋果,水果\n香蕉,水果\n", 2, "big5", "big5hkscs", b""),
+        ("short Japanese", "prompt,completion\nあなたは誰ですか,私は助手です\n", 1, "shift_jis", "cp932", b""),
+        ("short Japanese", "prompt,completion\nあなたは誰ですか,私は助手です\n", 1, "euc_jp", "euc_jp", b""),
+        ("short Korean", "prompt,completion\n당신은 누구입니까,저는 도우미입니다\n", 1, "euc_kr", "cp949", b""),
+        ("Polish", "prompt,completion\nżółw,żyje długo\nłódź,płynie\n", 2, "cp1250", "cp1250", b""),
+        ("Polish", "prompt,completion\nżółw,żyje długo\nłódź,płynie\n", 2, "iso8859_2", "iso8859_2", b""),
+        ("Turkish", "prompt,completion\nşehir,Diyarbakır\nülke,Türkiye\ndağ,Ağrı\n", 3, "cp1254", "cp1254", b""),
+        ("Greek", "prompt,completion\nπόλη,Αθήνα\nχώρα,Ελλάδα\n", 2, "cp1253", "cp1253", b""),
+        ("Russian of DOS", "prompt,completion\nКак дела,Хорошо\n", 1, "cp866", "cp866", b""),
+        ("English with typographic signs", "prompt,completion\nit’s,“good”\nisn’t,wait…\n", 2, "cp1252", "cp1252", b""),
+        ("prices", "prompt,completion\nbook,€5\ncar,£7\nit is,5°C\n", 3, "cp1252", "cp1252", b""),
     ]
 ] + [
     accepted(
@@ -370,12 +449,33 @@ ENCODINGS = [
         arguments=("--encoding", "utf-8"),
     ),
     refused("UTF-16 cut in half", "t.csv", table(cities()).encode("utf-16")[:-1], "t.csv", "not valid utf-16"),
-    refused(
-        "an ambiguous code page",
+    accepted(
+        "the code page of DOS",
         "t.csv",
         b"a,b\n" + "Łódź,ł\nżółw,ś\n".encode("cp852"),
-        "t.csv:2",
-        "--encoding",
+        encoding="cp852",
+        kept=2,
+    ),
+    refused(
+        "an ambiguous code page", "t.csv", "a,b\nGyőr,x\nPécs,y\n".encode("cp1250"), "t.csv:2", "cp1252", "Hungarian"
+    ),
+    refused("random bytes", "t.csv", random.Random(1).randbytes(20_000), "t.csv:1", "no other encoding fits"),
+    accepted(
+        "two encodings in one file",
+        "t.csv",
+        ("prompt,completion\n" + "".join(f"word {n},número {n}\n" for n in range(9))).encode()
+        + "x,señal\n".encode("cp1252"),
+        "--on-bad-row",
+        "skip",
+        kept=9,
+        dropped={"not UTF-8": ["t.csv:11"]},
+    ),
+    refused(
+        "halves of two encodings",
+        "t.csv",
+        ("a,b\n" + "".join(f"{n},número\n" for n in range(50))).encode()
+        + "".join(f"{n},señal\n" for n in range(50)).encode("cp1252"),
+        "t.csv:52: byte 0xF1 is not valid UTF-8",
     ),
 ]
 
@@ -384,6 +484,7 @@ COMPRESSED = [
     accepted("gzip without its suffix", "t.csv", gzip.compress(table(cities()).encode()), format="csv", kept=12),
     accepted("zstd", "t.csv.zst", zstd.compress(table(cities()).encode()), format="csv", kept=12),
     accepted("xz", "t.csv.xz", lzma.compress(table(cities()).encode()), format="csv", kept=12),
+    accepted("LZMA", "t.csv.lzma", lzma.compress(table(cities()).encode(), format=lzma.FORMAT_ALONE), kept=12),
     accepted("bzip2", "t.jsonl.bz2", bz2.compress(lines(PAIRS).encode()), format="jsonl", kept=40),
     accepted("gzip members", "t.csv.gz", gzip.compress(b"prompt,completion\na,b\n") + gzip.compress(b"c,d\n"), kept=2),
     accepted(

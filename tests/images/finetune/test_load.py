@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,45 @@ def test_a_file_that_expands_without_end_is_refused(tmp_path: Path, monkeypatch:
     (tmp_path / "bomb.csv.gz").write_bytes(gzip.compress(b"\n" * 10_000_000))
     with pytest.raises(DataError, match=r"bomb.csv.gz: .* bytes expand to more than"):
         load(tmp_path, DataSettings())
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/a.csv").write_text("prompt,completion\na,b\n")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/link").symlink_to(tmp_path / "real")
+    (tmp_path / "data/again").symlink_to(tmp_path / "data")
+    (tmp_path / "real/up").symlink_to(tmp_path / "data")
+    assert load(tmp_path / "data", DataSettings()).report.kept == 1
+
+
+def test_a_link_to_itself_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "loop.csv").symlink_to("loop.csv")
+    with pytest.raises(DataError, match=r"loop\.csv: cannot be read .*check the file or link"):
+        load(tmp_path, DataSettings())
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_and_not_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.csv").write_text("prompt,completion\na,b\n")
+    (tmp_path / "locked").mkdir()
+    listed = os.scandir
+
+    def deny(path: str) -> object:
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", deny)
+    with pytest.raises(DataError, match=r"locked: cannot be read .Permission denied."):
+        load(tmp_path, DataSettings())
+
+
+def test_an_empty_marker_of_a_folder_in_s3_is_no_data(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,completion\na,b\n")
+    (tmp_path / "train_$folder$").touch()
+    assert load(tmp_path, DataSettings()).report.kept == 1
 
 
 def test_a_wrong_content_type_is_ignored_with_a_word(tmp_path: Path) -> None:

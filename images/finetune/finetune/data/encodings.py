@@ -6,9 +6,8 @@ import codecs
 import re
 from dataclasses import dataclass
 
-from charset_normalizer import from_bytes
-
 from estiba.errors import ConfigError, DataError
+from finetune.data.code_pages import Verdict, find_code_page
 
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8-sig", "UTF-8 with a byte order mark"),
@@ -18,6 +17,7 @@ _BOMS = (
     (codecs.BOM_UTF16_BE, "utf-16", "UTF-16 with a byte order mark"),
 )
 _SAMPLE_BYTES = 2**16
+_SAMPLE_LINES = 1000
 _WIDE_SAMPLE_BYTES = 2**14
 _NUL_SHARE = 0.02
 """Text of UTF-16 has at least this share of zero bytes, from its line feeds, blanks and commas."""
@@ -31,14 +31,6 @@ _MIXED_SHARE = 0.05
 """Lines of UTF-8 among those of a Western code page, which never looks like UTF-8, show two encodings in one file."""
 _MIXED_SHARE_OTHERS = 1 / 3
 """Short words of other code pages may be valid UTF-8 by accident."""
-_JUDGED = frozenset(
-    """cp932 shift_jis shift_jis_2004 euc_jp iso2022_jp gb18030 hz cp949 johab cp950 big5hkscs cp1250 cp1251 cp1253
-    cp1254 cp1255 cp1256 koi8_r koi8_u cp866 tis_620 iso8859_11 cp874""".split()
-)
-"""Encodings whose text charset-normalizer tells apart. Pages of the Latin alphabet differ too little in short text."""
-_WIDER = {"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949", "big5": "cp950"}
-_WIDER |= {"euc_jis_2004": "euc_jp", "euc_jisx0213": "euc_jp"}
-"""An encoding -> its superset, which decodes rare characters too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,19 +136,14 @@ def _not_utf8(name: str, data: bytes) -> Decoded:
     first = next(number for number, line in enumerate(lines, start=1) if not _is_utf8(line))
     is_mostly_utf8 = valid > 2 * bad_bytes
     is_one_accident = len(foreign) <= max(1, _DAMAGED_LINE_SHARE * len(lines)) and (
-        len(lines) >= 100 or not _is_western(foreign[0])
+        len(lines) >= 100 or not isinstance(_code_page(foreign, data), Verdict)
     )
     if is_mostly_utf8 or is_one_accident or _is_mixed(lines, foreign):
         other = "" if valid else "; if they are no accident, give --encoding, such as cp1252"
         evidence = f"UTF-8 with {bad_bytes} bad byte{'s' * (bad_bytes > 1)}, the first in line {first}{other}"
         _refuse_binary(name, text)
         return Decoded(text=text, encoding="utf-8", evidence=evidence, is_damaged=True)
-    codec, evidence = _legacy_encoding(foreign, data)
-    if codec is None:
-        raise DataError(
-            f"{name}:{first}: byte {bad_bytes_in(text)} is not valid UTF-8 and no other encoding fits the file; "
-            "save it as UTF-8, or give --encoding"
-        )
+    codec, evidence = _legacy_encoding(name, first, foreign, data)
     decoded = data.decode(codec)
     _refuse_binary(name, decoded)
     return Decoded(text=decoded, encoding=codec, evidence=evidence)
@@ -192,26 +179,27 @@ def _is_western(line: bytes) -> bool:
     return all(character < "\x80" or character in letters or character in signs for character in text)
 
 
-def _legacy_encoding(foreign: list[bytes], data: bytes) -> tuple[str | None, str]:
-    """Return the code page and why. charset-normalizer judges the lines that are not UTF-8."""
-    sample = bytearray()
-    for line in foreign:
-        sample += line + b"\n"
-        if len(sample) > _SAMPLE_BYTES:
-            break
-    western = _western_share(foreign)
-    if western > _WESTERN_SHARE:
-        latin = "cp1252" if _decodes(data, "cp1252") else "latin_1"
-        return latin, f"not UTF-8; {latin}: {western:.0%} of the affected lines read as Western European text"
-    for match in from_bytes(bytes(sample), steps=20, chunk_size=1024, threshold=0.35, enable_fallback=False):
-        codec = _WIDER.get(match.encoding, match.encoding)
-        codec = codec if _decodes(data, codec) else match.encoding
-        if codec not in _JUDGED:  # too close to another page for a judgement
-            break
-        if _decodes(data, codec):
-            judged = f"{match.language}, coherence {match.coherence:.2f}, mess {match.chaos:.2f}"
-            return codec, f"not UTF-8; {codec} by charset-normalizer ({judged})"
-    return None, ""
+def _legacy_encoding(name: str, first: int, foreign: list[bytes], data: bytes) -> tuple[str, str]:
+    """Return the code page of the lines that are not UTF-8, and why. Raises DataError if none fits, or two do."""
+    found = _code_page(foreign, data)
+    if isinstance(found, Verdict):
+        return found.codec, f"not UTF-8; {found.codec}: the affected lines read as {found.language}"
+    shown = "no other encoding fits the file"
+    if found:
+        shown = "it may be " + " or ".join(f"{one.codec} ({one.language}: {_excerpt(one.text)!r})" for one in found)
+    marks = bad_bytes_in(data.decode("utf-8", "surrogateescape"))
+    raise DataError(
+        f"{name}:{first}: byte {marks} is not valid UTF-8 and {shown}; save it as UTF-8, or give --encoding"
+    )
+
+
+def _code_page(foreign: list[bytes], data: bytes) -> Verdict | list[Verdict]:
+    sample = b"\n".join(dict.fromkeys(foreign[:_SAMPLE_LINES])) + b"\n"  # a line that comes again is no more evidence
+    return find_code_page(sample, lambda codec: _decodes(data, codec))
+
+
+def _excerpt(text: str) -> str:
+    return next((line for line in text.splitlines() if not line.isascii()), text).strip()[:12]
 
 
 def _decodes(data: bytes, codec: str) -> bool:

@@ -69,8 +69,8 @@ def _parse_text(name: str, text: str, settings: DataSettings) -> ParsedFile:
     suffix = _COMPRESSED_SUFFIX.sub("", name).rpartition("/")[2].rpartition(".")[2].lower() if "." in name else ""
     if suffix in _OTHERS and not looks_like_json(text):
         raise DataError(
-            f"{name}: is {_OTHERS[suffix]}, which is not read; convert it to CSV, JSON Lines or parquet, or name it .txt "
-            "to train on it as plain text"
+            f"{name}: is {_OTHERS[suffix]}, which is not read; convert it to CSV, JSON Lines or parquet, or name it "
+            ".txt to train on it as plain text"
         )
     if looks_like_python(text):
         raise DataError(

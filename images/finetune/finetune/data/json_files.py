@@ -31,6 +31,8 @@ _WRAPPERS = (
     "dataset",
 )
 _MESSAGE_KEYS = frozenset({"role", "from", "content"})
+_SPEAKERS = frozenset({"role", "from"})
+_WORDS = frozenset({"content", "value", "parts", "tool_calls"})
 _ERROR_KEYS = frozenset({"message", "Message", "error", "errors", "code", "status", "detail", "requestId", "__type"})
 _SAMPLE_LINES = 50
 
@@ -114,7 +116,7 @@ def _broken(name: str, text: str, error: json.JSONDecodeError) -> str:
 
 def _one_value(name: str, value: Any) -> ParsedFile:
     if isinstance(value, list):
-        return _from_list(value, "json", "element")
+        return _from_list([value] if _is_conversation(value) else value, "json", "element")
     if not isinstance(value, dict):
         raise DataError(f"{name}: is one JSON {_type_name(value)}; give an array of objects or JSON Lines")
     lists = {key: item for key, item in value.items() if isinstance(item, list)}
@@ -272,7 +274,7 @@ def _add_all(parsed: ParsedFile, values: list[tuple[int, Any]], unit: str) -> No
     for number, value in values:
         if are_texts:
             value = {"text": value}
-        elif isinstance(value, list) and value and all(isinstance(item, dict) and _is_message(item) for item in value):
+        elif _is_conversation(value):
             value = {"messages": value}
         _add(parsed, number, value, unit)
 
@@ -281,8 +283,12 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and not isinstance(value, Number) and value.lstrip()[:1] not in ("{", "[")
 
 
-def _is_message(value: dict[str, Any]) -> bool:
-    return bool(value.keys() & {"role", "from"}) and bool(value.keys() & {"content", "value", "tool_calls", "parts"})
+def _is_conversation(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, dict) and item.keys() & _SPEAKERS and item.keys() & _WORDS for item in value)
+    )
 
 
 def _add(parsed: ParsedFile, number: int, value: Any, unit: str) -> None:

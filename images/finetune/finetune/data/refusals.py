@@ -61,7 +61,9 @@ _MIMETYPES = {
     b"application/epub+zip": ("an EPUB book", _EXTRACT),
 }
 _WEB_PAGE = re.compile(rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*(<!doctype\s+html|<html|<head|<body)", re.I | re.DOTALL)
-_FRAGMENT = re.compile(rb"\s*(<!--.*?-->\s*)*<(table|div|meta|script|style|title|span|p|ul|h[1-6])[\s>]", re.I | re.DOTALL)
+_FRAGMENT = re.compile(
+    rb"\s*(<!--.*?-->\s*)*<(table|div|meta|script|style|title|span|p|ul|h[1-6])[\s>]", re.I | re.DOTALL
+)
 _XML = re.compile(rb"\s*(<\?xml[\s?]|<!DOCTYPE\s)", re.I)
 _XML_TABLES = (
     (b"urn:schemas-microsoft-com:office:spreadsheet", "an Excel spreadsheet (XML)"),

@@ -1,0 +1,215 @@
+"""Which legacy code page a text is in: the one whose language makes its bytes most probable.
+
+A few words are often all there is, too few for charset-normalizer, which takes short Japanese or Chinese for Korean.
+Each model gives a character a probability: by its rank among a language's letters, or by the part of a national
+character set that it is in. Where two models with different texts are about equally probable, there is no answer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+_SAMPLE_BYTES = 6000
+_MARGIN = math.log(10)
+"""The best model must be this much more probable than the best one with another text."""
+_UNKNOWN_SHARE = 0.15
+"""The largest share of characters that a language does not have."""
+_RARE = 1e-6
+_ASCII = 1 / 40
+_MISFIT = 0.02
+"""How much rarer a letter is where it does not fit: a capital after a small letter, or beside a digit."""
+_SIGN_IN_PLACE = 0.15
+_AT_NUMBERS = "€£°²³½¼¾±"
+_SIGNS = "’“”–—…‘„«»¿¡€°£©®™ºª·•²³×±§½¼¾\u00a0、。，！？・「」"
+
+# Letters by frequency; upper-case ones follow from them.
+_LETTERS = {
+    "French": "éèàêçùâîôœûïëüæ",
+    "Spanish": "óáéíñúüç",
+    "Portuguese": "ãçáéóíêõúâôàü",
+    "German": "üäößé",
+    "Italian": "èàùòìé",
+    "Nordic": "äåöøæéüðþíáóúý",
+    "Polish": "łąęóżśćńź",
+    "Czech or Slovak": "íáéěřžšýčůúťďňóľĺŕäô",
+    "Hungarian": "áéöóőüíúű",
+    "Romanian": "ăîâşţ",
+    "Croatian or Slovene": "čšžćđ",
+    "Turkish": "ıüşğöçİâîû",
+    "Russian": "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфъёіїє",
+    "Greek": "αοιετσνηυρπκμλςωδγχθφβξζψίόάέύήώϊ",
+    "Hebrew": "יוהלאתרבשמםדנןחקעפגכךטזסצףץ",
+    "Arabic": "الينمورتبةعدسفهكقحجشصطخىضذثئءغؤظزأإآ",
+    "Thai": "านรกเงอมยลวดทสต่ะ้ปับคิหีแจ์พืชขุใไูโผถึศซณ็ำธภษฟญ",
+}
+_WESTERN = ("French", "Spanish", "Portuguese", "German", "Italian", "Nordic")
+_CENTRAL = ("Polish", "Czech or Slovak", "Hungarian", "Romanian", "Croatian or Slovene")
+_PAGES: tuple[tuple[str, tuple[str, ...], float], ...] = (
+    ("cp1252", _WESTERN, 1),
+    ("cp850", _WESTERN, 0.01),
+    ("mac_roman", _WESTERN, 0.01),
+    ("cp1250", _CENTRAL, 0.05),
+    ("iso8859_2", _CENTRAL, 0.03),
+    ("cp852", _CENTRAL, 0.01),
+    ("cp1254", ("Turkish",), 0.2),
+    ("cp1251", ("Russian",), 0.5),
+    ("koi8_r", ("Russian",), 0.1),
+    ("koi8_u", ("Russian",), 0.05),
+    ("cp866", ("Russian",), 0.1),
+    ("iso8859_5", ("Russian",), 0.01),
+    ("cp1253", ("Greek",), 0.2),
+    ("cp1255", ("Hebrew",), 0.2),
+    ("cp1256", ("Arabic",), 0.2),
+    ("cp874", ("Thai",), 0.2),
+)
+"""Code page, its languages, and how common the page is."""
+_KANA = (0.5, 170)
+
+
+def _gb18030(code: int) -> tuple[float, int]:
+    return (0.93, 3755) if 0xB0A1 <= code <= 0xD7FE and code & 0xFF > 0xA0 else (0.03, 20_000)
+
+
+def _big5(code: int) -> tuple[float, int]:
+    return (0.95, 5401) if 0xA440 <= code <= 0xC67E else (0.02, 8000)
+
+
+def _korean(code: int) -> tuple[float, int]:
+    return (0.97, 2350) if 0xB0A1 <= code <= 0xC8FE and code & 0xFF > 0xA0 else (0.01, 10_000)
+
+
+def _euc_jp(code: int) -> tuple[float, int]:
+    return _KANA if code >> 8 in (0xA4, 0xA5) else (0.45, 2965) if 0xB0A1 <= code <= 0xCFFE else (0.02, 4000)
+
+
+def _shift_jis(code: int) -> tuple[float, int]:
+    if 0xA1 <= code <= 0xDF:  # half-width katakana
+        return 0.01, 63
+    return _KANA if 0x829F <= code <= 0x8396 else (0.45, 2965) if 0x889F <= code <= 0x9872 else (0.02, 4000)
+
+
+_WIDE_PAGES: tuple[tuple[str, str, Callable[[int], tuple[float, int]], float], ...] = (
+    ("gb18030", "Chinese", _gb18030, 1),
+    ("big5hkscs", "Chinese", _big5, 0.5),
+    ("cp949", "Korean", _korean, 0.5),
+    ("cp932", "Japanese", _shift_jis, 1),
+    ("euc_jp", "Japanese", _euc_jp, 0.3),
+)
+"""Code page, language, code -> (probability of its part of the set, characters in it), how common the page is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    codec: str
+    language: str
+    score: float
+    text: str
+
+
+def find_code_page(sample: bytes, fits: Callable[[str], bool]) -> Verdict | list[Verdict]:
+    """Return the code page of a sample, or those between which it does not decide. `fits`: whether all data decodes."""
+    sample = sample[:_SAMPLE_BYTES].rpartition(b"\n")[0] or sample[:_SAMPLE_BYTES]
+    verdicts = sorted(_verdicts(sample), key=lambda verdict: -verdict.score)
+    verdicts = [verdict for verdict in verdicts if fits(verdict.codec)]
+    if not verdicts:
+        return []
+    rivals = [other for other in verdicts if other.text != verdicts[0].text and _is_close(other, verdicts[0])]
+    return [verdicts[0], rivals[0]] if rivals else verdicts[0]
+
+
+def _is_close(other: Verdict, best: Verdict) -> bool:
+    return other.score > best.score - _MARGIN
+
+
+def _verdicts(sample: bytes) -> Iterator[Verdict]:
+    for codec, languages, weight in _PAGES:
+        if (text := _decoded(sample, codec)) is not None:
+            for language in languages:
+                score, unknown = _narrow_score(text, _probabilities(language))
+                if unknown <= _UNKNOWN_SHARE:
+                    yield Verdict(codec=codec, language=language, score=score + math.log(weight), text=text)
+    for codec, language, region, weight in _WIDE_PAGES:
+        if (text := _decoded(sample, codec)) is not None:
+            score, unknown = _wide_score(text, codec, region)
+            if unknown <= 2 * _UNKNOWN_SHARE:
+                yield Verdict(codec=codec, language=language, score=score + math.log(weight), text=text)
+
+
+def _decoded(sample: bytes, codec: str) -> str | None:
+    try:
+        return sample.decode(codec)
+    except UnicodeDecodeError:
+        return None
+
+
+@lru_cache
+def _probabilities(language: str) -> dict[str, float]:
+    letters = _LETTERS[language]
+    total = sum(1 / (rank + 2) for rank in range(len(letters)))
+    found = {sign: 0.06 / len(_SIGNS) for sign in _SIGNS}
+    for rank, letter in enumerate(letters):
+        found[letter] = 0.8 / (rank + 2) / total
+        if len(letter.upper()) == 1 and letter.upper() != letter:
+            found[letter.upper()] = 0.1 / (rank + 2) / total
+    return found
+
+
+def _narrow_score(text: str, probabilities: dict[str, float]) -> tuple[float, float]:
+    """Return the logarithm of a text's probability, and the share of unknown characters among those above ASCII."""
+    score, above, unknown = 0.0, 0, 0
+    is_italian = probabilities is _probabilities("Italian")
+    is_latin = "é" in probabilities or "â" in probabilities or "š" in probabilities or "ł" in probabilities
+    for before, character, after in zip(" " + text, text, text[1:] + " ", strict=False):
+        if character < "\x80":
+            score += math.log(_ASCII)
+            continue
+        above += 1
+        probability = probabilities.get(character)
+        if probability is None:
+            unknown += 1
+            probability = _RARE
+        elif _is_in_place(before, character, after):
+            probability = _SIGN_IN_PLACE
+        elif character.isalpha():
+            does_not_fit = (character.isupper() and before.islower()) or before.isdigit() or after.isdigit()
+            # its accents are at the ends of words
+            does_not_fit |= is_italian and after.isalpha()
+            does_not_fit |= not is_latin and (_is_ascii_letter(before) or _is_ascii_letter(after))
+            unknown += does_not_fit
+            probability *= _MISFIT if does_not_fit else 1
+        elif character not in "–—" and before.isalpha() and after.isalpha():
+            probability *= _MISFIT  # a sign within a word
+        score += math.log(probability)
+    return score, unknown / max(1, above)
+
+
+def _is_in_place(before: str, sign: str, after: str) -> bool:
+    """Whether a sign stands where such signs do: quotes around words, dashes between them, units at numbers."""
+    if sign in _AT_NUMBERS:
+        return before.isdigit() or after.isdigit()
+    if sign in "“‘„«":
+        return not before.isalnum() and after.isalnum()
+    if sign == "’" and before.isalpha():
+        return True
+    return (sign in "”»’…" and not after.isalnum()) or (sign in "–—" and not before.isalnum() and not after.isalnum())
+
+
+def _wide_score(text: str, codec: str, region: Callable[[int], tuple[float, int]]) -> tuple[float, float]:
+    score, above, unknown = 0.0, 0, 0
+    for character in text:
+        if character < "\x80":
+            score += math.log(_ASCII)
+            continue
+        above += 1
+        code = int.from_bytes(character.encode(codec), "big")
+        share, size = (0.06, len(_SIGNS)) if character in _SIGNS else region(code)
+        unknown += share < 0.05
+        score += math.log(share / size)
+    return score, unknown / max(1, above)
+
+
+def _is_ascii_letter(character: str) -> bool:
+    return character.isascii() and character.isalpha()
