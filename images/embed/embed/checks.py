@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from itertools import combinations
@@ -36,12 +37,32 @@ def check_locations(config: EmbedConfig) -> None:
     """Raise ConfigError if one of the job's locations contains another, so that it would read its own output."""
     for (flag, first), (other_flag, second) in combinations(locations_of(config).items(), 2):
         a, b = _comparable(first), _comparable(second)
-        if a == b or a.startswith(b + "/") or b.startswith(a + "/"):
+        if _contains(a, b) or _contains(b, a):
             raise ConfigError(f"{flag} {first} and {other_flag} {second} overlap; give each a separate location")
 
 
-def _comparable(location: str) -> str:
-    return location.rstrip("/") if "://" in location and not location.startswith("file:") else open_store(location).url
+def _comparable(location: str) -> str | Path:
+    """An S3 address as it is, or the real path of a local one: a link must not lead the output into the input."""
+    if location.startswith("s3://"):
+        return location.rstrip("/")
+    store = open_store(location)
+    return Path(os.path.realpath(store.root)) if isinstance(store, FileStore) else store.url
+
+
+def _contains(folder: str | Path, other: str | Path) -> bool:
+    if isinstance(folder, Path) and isinstance(other, Path):
+        inode = _inode(folder)  # one directory that is mounted at two places has two paths
+        return any(path == folder or (inode and inode == _inode(path)) for path in (other, *other.parents))
+    if isinstance(folder, Path) or isinstance(other, Path):
+        return False
+    return folder == other or other.startswith(f"{folder}/")
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        return (found.st_dev, found.st_ino) if found.st_ino else None
+    return None
 
 
 def check_buckets(config: EmbedConfig) -> None:

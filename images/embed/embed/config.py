@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from typing import Annotated, Any, Literal
 
@@ -84,9 +86,13 @@ class EmbedConfig(Config):
     def _checkpoints_beside_the_output(cls, values: Any) -> Any:
         """Without /opt/ml nothing preserves /opt/ml/checkpoints, and an ordinary user cannot write there."""
         output = values.get("output_path") if isinstance(values, dict) else None
-        if output and "checkpoint_path" not in values and not root_of().is_dir():
-            return {**values, "checkpoint_path": f"{output.rstrip('/')}-checkpoints"}
-        return values
+        if not output or "checkpoint_path" in values or root_of().is_dir():
+            return values
+        if output.rstrip("/").rpartition("/")[2] in (".", ".."):
+            output = os.path.abspath(output)
+        if re.fullmatch(r"/*|s3://[^/]*/*|file:/*", output, re.IGNORECASE):  # there is no place beside a whole bucket
+            return values
+        return {**values, "checkpoint_path": f"{output.rstrip('/')}-checkpoints"}
 
     @field_validator(
         "input_path", "output_path", "checkpoint_path", "model", "text_column", "embedding_column", "status_column"
@@ -102,18 +108,29 @@ class EmbedConfig(Config):
     def _some_columns(cls, value: list[str] | None) -> list[str] | None:
         if value is not None and not [name for name in value if name]:
             raise ValueError("is empty; name the columns to keep, or none for all")
+        if value is not None and (twice := next((name for name in value if value.count(name) > 1), None)):
+            raise ValueError(f"names {twice!r} twice; name each column once")
         return value
 
     @field_validator("input_path", "output_path", "checkpoint_path", "model")
     @classmethod
     def _whole_address(cls, value: str) -> str:
-        if match := re.match(r"(s3|file):/*(.*)", value, re.IGNORECASE):
+        if "\0" in value:
+            raise ValueError("holds a NUL character, which no path has")
+        if match := re.match(r"(s3|s3a|s3n|file)(?::|(?=//))/*(.*)", value, re.IGNORECASE):
             scheme, rest = match[1].lower(), match[2]
+            scheme = "file" if scheme == "file" else "s3"
             right = f"{scheme}://{rest}" if scheme == "s3" else f"{scheme}:///{rest}"
             if not value.lower().startswith(f"{scheme}://"):
                 raise ValueError(f"is no address; write {right}")
-            if scheme == "s3" and not rest.strip("/"):
+            if scheme == "s3" and not re.match(r"[^/]", value[len("s3://") :]):
                 raise ValueError("names no bucket; write s3://BUCKET/PREFIX")
+            return scheme + value[len(scheme) :]
+        try:
+            os.stat(value)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise ValueError("is longer than a path can be") from None
         return value
 
     @field_validator("device")

@@ -53,6 +53,46 @@ def test_an_address_with_one_slash_is_corrected(name):
     assert "write file:///b/x" in mistakes(f"--{name}", "file:/b/x")
     assert "names no bucket" in mistakes(f"--{name}", "s3://")
 
+    assert "write s3://b/x" in mistakes(f"--{name}", "s3//b/x")
+    assert "write s3://b/x" in mistakes(f"--{name}", "s3a://b/x")
+    assert "names no bucket" in mistakes(f"--{name}", "S3:///x")
+
+
+@pytest.mark.parametrize("name", ["input-path", "output-path", "checkpoint-path", "model"])
+def test_a_path_that_cannot_exist_is_told(name):
+    assert "NUL" in mistakes(f"--{name}", "/tmp/a\0b")
+    assert "longer than a path can be" in mistakes(f"--{name}", "/tmp/" + "x" * 300)
+
+
+def test_a_scheme_may_be_in_capitals():
+    config = load(EmbedConfig, argv=["--input-path", "S3://Cubo/X"], environ={}, hyperparameters={})
+    assert config.input_path == "s3://Cubo/X"
+
+
+def test_a_column_to_keep_is_named_once():
+    assert "names 'a' twice" in mistakes("--columns", "a,b,a")
+
+
+@pytest.mark.parametrize(
+    ("output", "checkpoints"),
+    [
+        ("out", "out-checkpoints"),
+        ("./out//", "./out-checkpoints"),
+        (".", "/w/here-checkpoints"),
+        ("..", "/w-checkpoints"),
+        ("./out/.", "/w/here/out-checkpoints"),
+        ("s3://b/out/", "s3://b/out-checkpoints"),
+        ("file:///out", "file:///out-checkpoints"),
+        ("s3://b/", None),
+        ("/", None),
+    ],
+)
+def test_checkpoints_lie_beside_the_output_and_never_in_it_or_in_another_bucket(monkeypatch, output, checkpoints):
+    monkeypatch.setenv("ESTIBA_ROOT", "/absent")
+    monkeypatch.setattr(os, "getcwd", lambda: "/w/here")
+    config = load(EmbedConfig, argv=["--output-path", output], environ={}, hyperparameters={})
+    assert config.checkpoint_path == (checkpoints or "/absent/checkpoints")
+
 
 @pytest.mark.parametrize("device", ["mps", "gpu", "xpu", "cuda:x"])
 def test_a_device_that_the_image_does_not_have_is_told(device):

@@ -159,6 +159,37 @@ def test_locations_that_overlap_are_refused(root, inputs, tiny_model):
             run(tiny_model, **options)
 
 
+def test_a_link_or_another_spelling_does_not_lead_the_output_into_the_input(root, inputs, tiny_model):
+    write(inputs / "a.parquet", ["hola"])
+    before = (inputs / "a.parquet").read_bytes()
+    (root / "link").symlink_to(inputs)
+    (root / "up").symlink_to(root)
+    (root / "sub").mkdir()
+    spellings = [root / "link", root / "link/x", root / "up/input/data/dataset", root / "sub/../input/data/dataset"]
+    for place in [*map(str, spellings), f"file://localhost{root}/link", f"FILE://{inputs}"]:
+        for setting in ("output_path", "checkpoint_path"):
+            with pytest.raises(ConfigError, match="overlap"):
+                run(tiny_model, **{setting: place})
+    with pytest.raises(ConfigError, match="overlap"):
+        run(tiny_model, input_path="s3://b/x", output_path="S3://b/x/")
+    assert (inputs / "a.parquet").read_bytes() == before
+
+
+def test_a_directory_that_is_mounted_twice_is_recognised(root, inputs, tiny_model, monkeypatch):
+    """A bind mount needs privileges; the test makes two directories look like one, as `stat` shows it."""
+    from embed import checks
+
+    write(inputs / "a.parquet", ["hola"])
+    original = checks._inode
+    same = {root / "output/data": inputs}
+    (root / "output/data").mkdir(parents=True)
+    monkeypatch.setattr(checks, "_inode", lambda path: original(same.get(path, path)))
+    with pytest.raises(ConfigError, match="overlap"):
+        run(tiny_model)
+    with pytest.raises(ConfigError, match="overlap"):
+        run(tiny_model, output_path=str(root / "output/data/below"))
+
+
 def test_a_second_run_computes_nothing_and_a_damaged_output_is_joined_again(root, inputs, tiny_model):
     make_input(inputs, files=6, rows=40, seed=1)
     first = run(tiny_model)

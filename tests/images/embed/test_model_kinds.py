@@ -41,6 +41,17 @@ def test_a_sparse_encoder_is_refused_by_name(minilm, tmp_path):
     SparseEncoder(str(bert(minilm, tmp_path / "mlm", "BertForMaskedLM"))).save(str(tmp_path / "sparse"))
     with pytest.raises(ConfigError, match=r"sparse.*is a SparseEncoder, not a SentenceTransformer"):
         encoder(tmp_path / "sparse")
+    (tmp_path / "sparse/config_sentence_transformers.json").unlink()  # as models of earlier versions: by its modules
+    with pytest.raises(ConfigError, match=r"sparse.*is a SparseEncoder, not a SentenceTransformer"):
+        encoder(tmp_path / "sparse")
+
+
+def test_a_model_whose_modules_give_no_vector_of_a_text_is_refused(tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "m")
+    modules = json.loads((tmp_path / "m/modules.json").read_text())
+    (tmp_path / "m/modules.json").write_text(json.dumps(modules[:1]))
+    with pytest.raises(ConfigError, match=r"gives no vector of a text, only .*token_embeddings"):
+        encoder(tmp_path / "m")
 
 
 @pytest.mark.parametrize("is_saved_by_the_library", [True, False])

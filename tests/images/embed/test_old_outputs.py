@@ -145,6 +145,36 @@ def test_a_part_of_such_a_table_is_refused_too(root, inputs, tiny_model, log):
             run(tiny_model, input_path=str(inputs / part))
 
 
+@pytest.mark.parametrize("log", ["_delta_log/0.json", "metadata/v1.metadata.json", ".hoodie/hoodie.properties"])
+def test_a_part_of_a_table_is_recognised_by_its_url_and_through_a_link(root, inputs, tiny_model, log):
+    part = root / "tables/t/data/year=2026"
+    write(part / "part-0.parquet", ["deleted"])
+    (root / "tables/t" / log).parent.mkdir(parents=True, exist_ok=True)
+    (root / "tables/t" / log).write_text("{}")
+    write(inputs / "x/own.parquet", ["hola"])
+    (root / "link").symlink_to(part)
+    (inputs / "x/y").symlink_to(part)
+    (root / "in2").mkdir()
+    (root / "in2/a.parquet").symlink_to(part / "part-0.parquet")
+    places = [f"file://{part}", f"file://{part}/part-0.parquet", root / "link", inputs, root / "in2"]
+    for place in places:
+        with pytest.raises(ConfigError, match="table of the format"):
+            run(tiny_model, input_path=str(place))
+
+
+@pytest.mark.parametrize("log", ["_delta_log/0.json", "metadata/v1.metadata.json", ".hoodie/hoodie.properties"])
+def test_a_part_of_a_table_in_a_bucket_is_refused(root, inputs, tiny_model, s3, log):
+    write(root / "a.parquet", ["deleted"])
+    client = s3.client()
+    client.upload_file(str(root / "a.parquet"), s3.bucket, "t/data/year=2026/a.parquet")
+    client.upload_file(str(root / "a.parquet"), s3.bucket, "plain/year=2026/a.parquet")
+    client.put_object(Bucket=s3.bucket, Key=f"t/{log}", Body=b"{}")
+    for part in ("t/data", "t/data/year=2026/", "t/data/year=2026/a.parquet"):
+        with pytest.raises(ConfigError, match=r"s3://prueba/t around .* is a table of the format"):
+            run(tiny_model, input_path=f"s3://{s3.bucket}/{part}")
+    assert run(tiny_model, input_path=f"s3://{s3.bucket}/plain/year=2026")["rows"]["embedded"] == 1
+
+
 def test_a_hive_partition_whose_name_begins_with_an_underscore_counts_and_ignored_names_are_told(
     root, inputs, tiny_model, capfd
 ):

@@ -50,10 +50,10 @@ def open_input(location: str) -> Listing:
         single = open_store(parent)
         entry = single.head(name) if name else None
         if entry is not None:
-            refuse_table_formats(location, ())
+            refuse_table_formats(location, [])
             return Listing(store=single, files=[_input_file(entry)], ignored=[], is_one_file=True)
         raise _no_input(location)
-    refuse_table_formats(location, (entry.path for entry in entries))
+    refuse_table_formats(location, [entry.path for entry in entries])
     ignored = [entry.path for entry in entries if is_hidden(entry.path)]
     files = [_input_file(entry) for entry in entries if not is_hidden(entry.path)]
     return Listing(store=store, files=files, ignored=ignored)
@@ -66,7 +66,7 @@ def require_input(location: str) -> None:
 
 
 def _no_input(location: str) -> ConfigError:
-    if "://" in location:
+    if location.startswith("s3://"):
         return ConfigError(f"--input-path {location}: no objects below this address; correct the bucket or the prefix")
     return ConfigError(
         f"{location}: no input files{_siblings(location)}; mount a directory of parquet files on it "

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from estiba.errors import ConfigError
+from estiba.errors import ConfigError, StoreError
+from estiba.storage import FileStore, open_store, split_location
 
 SPARK_COPYING = "._COPYING_"
 _REMEDY = {
@@ -23,7 +26,7 @@ def is_hidden(path: str) -> bool:
     )
 
 
-def refuse_table_formats(location: str, paths: Iterable[str]) -> None:
+def refuse_table_formats(location: str, paths: Sequence[str]) -> None:
     """Raise ConfigError if a folder is a Delta, Iceberg or Hudi table.
 
     Such a folder also holds files whose rows were deleted or replaced; only the table's log says which.
@@ -32,11 +35,13 @@ def refuse_table_formats(location: str, paths: Iterable[str]) -> None:
     for path in paths:
         if (table := _table_of(path)) is not None:
             tables.setdefault(*table)
-    if not tables and "://" not in location:
-        tables = _tables_above(Path(location))
+    if not tables:
+        store = open_store(location)
+        tables = _tables_around(store, paths) if isinstance(store, FileStore) else _tables_above_prefix(location)
     if tables:
         folder, kind = min(tables.items())
-        where = location if folder in ("", ".") else f"{folder} in {location}"
+        is_above = folder.startswith(("/", "s3://"))
+        where = location if folder in ("", ".") else f"{folder} {'around' if is_above else 'in'} {location}"
         more = f" (and {len(tables) - 1} more tables)" if len(tables) > 1 else ""
         raise ConfigError(
             f"{where} is a table of the format {kind}{more}: its folder also holds rows that were deleted or replaced; "
@@ -55,13 +60,34 @@ def _table_of(path: str) -> tuple[str, str] | None:
     return None
 
 
-def _tables_above(folder: Path) -> dict[str, str]:
-    """The table that a local folder is a part of, such as one partition, or the `data` of an Iceberg table."""
-    for parent in folder.absolute().parents:
-        if (parent / "_delta_log").is_dir():
-            return {str(parent): "Delta"}
-        if (parent / ".hoodie").is_dir():
-            return {str(parent): "Hudi"}
-        if next((parent / "metadata").glob("*.metadata.json*"), None) is not None:
-            return {str(parent): "Iceberg"}
+def _tables_around(store: FileStore, paths: Sequence[str]) -> dict[str, str]:
+    """The tables that a local input is a part of, by its path or by a link in it, such as one partition of a table."""
+    root = os.path.realpath(store.root)
+    folders = {store.root} | {store.path_of(path).parent for path in paths}
+    real = {os.path.realpath(folder) for folder in folders}
+    links = (path for path in map(store.path_of, paths) if path.is_symlink())
+    real |= {os.path.dirname(os.path.realpath(path)) for path in links}
+    outside = {folder for folder in real if not folder.startswith(f"{root}/")}
+    above = {parent for folder in {*outside, str(store.root)} for parent in (Path(folder), *Path(folder).parents)}
+    tables = {}
+    for folder in above:
+        if (folder / "_delta_log").is_dir():
+            tables[str(folder)] = "Delta"
+        elif (folder / ".hoodie").is_dir():
+            tables[str(folder)] = "Hudi"
+        elif next((folder / "metadata").glob("*.metadata.json*"), None) is not None:
+            tables[str(folder)] = "Iceberg"
+    return tables
+
+
+def _tables_above_prefix(location: str) -> dict[str, str]:
+    """The table of which an S3 prefix or object is a part. A role that may not list above it is not asked for more."""
+    above, name = split_location(location)
+    while name and not above.endswith(":/"):
+        with contextlib.suppress(StoreError):
+            store = open_store(above)
+            for marker, kind in (("_delta_log", "Delta"), (".hoodie", "Hudi"), ("metadata", "Iceberg")):
+                if any(_table_of(entry.path) == ("", kind) for entry in store.list(marker)):
+                    return {above: kind}
+        above, name = split_location(above)
     return {}

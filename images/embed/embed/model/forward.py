@@ -16,6 +16,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from embed.model.tokens import TASK, Features
+from estiba.errors import ConfigError
 
 TRIM_BELOW = 0.1
 UNIT_NORM_TOLERANCE = 1e-4
@@ -68,7 +69,13 @@ class Engine:
         padded_tokens = _padded_tokens(features)
         on_device = {key: self._to_device(value) for key, value in features.items()}
         with torch.inference_mode():
-            vectors_BD = self.model(on_device, task=TASK)["sentence_embedding"].float()
+            output = self.model(on_device, task=TASK)
+            if "sentence_embedding" not in output:
+                raise ConfigError(
+                    f"the model gives no vector of a text, only {', '.join(sorted(map(str, output)))}; pass a "
+                    "SentenceTransformer model, whose modules end with a pooling"
+                )
+            vectors_BD = output["sentence_embedding"].float()
             if self._dimensions is not None:
                 vectors_BD = vectors_BD[:, : self._dimensions]
             if self._normalize:  # a zero vector stays zero: divided by 1e-12, not by 0

@@ -92,6 +92,8 @@ def find(model: str, revision: str | None) -> ModelFiles:
 def _refuse_other_kinds(directory: Path, model: str) -> None:
     """Raise ConfigError for a model whose vectors sentence-transformers makes with another class, or not at all."""
     kind = _json(directory / "config_sentence_transformers.json").get("model_type", KIND)
+    if kind == KIND and (found := re.search(r"\b(sparse|cross)_encoder\b", _text(directory / "modules.json"))):
+        kind = {"sparse": "SparseEncoder", "cross": "CrossEncoder"}[found[1]]  # by its modules
     if kind == KIND and not (directory / "modules.json").is_file():
         config = _json(directory / "config.json")
         heads = [name for name in config.get("architectures") or () if str(name).endswith("ForSequenceClassification")]
@@ -100,6 +102,13 @@ def _refuse_other_kinds(directory: Path, model: str) -> None:
         raise ConfigError(
             f"model {model!r}: is a {kind}, not a {KIND}; it gives no embedding of a text, pass a {KIND} model"
         )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8", "replace")
+    except OSError:
+        return ""
 
 
 def _json(path: Path) -> dict[str, Any]:
