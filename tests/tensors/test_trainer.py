@@ -180,6 +180,20 @@ def test_bad_steps_end_a_run_when_fifty_come_in_a_row_however_often_it_logs(log_
         in_a_row.run()
 
 
+def test_a_run_whose_losses_stop_being_finite_saves_the_weights_from_before(tmp_path: Path) -> None:
+    checkpoints = CheckpointManager(tmp_path / "checkpoints")
+    broken = Broken(set(range(5, 200)))
+    run = runs.make(tmp_path, broken, checkpoints=checkpoints, steps=60, save_every=100, evaluate_every=None)
+    run.resume(None)
+    try:
+        with pytest.raises(DataError, match="step 60: no gradient was finite for 55 steps in a row"):
+            run.run()
+        saved = checkpoints.restore()
+    finally:
+        checkpoints.close(timeout_s=30)
+    assert saved is not None and saved.step == 60
+
+
 def test_bad_steps_in_a_row_are_counted_across_a_resume(tmp_path: Path) -> None:
     class Dying(Broken):
         def __init__(self, at: Any, **how: Any) -> None:

@@ -249,13 +249,22 @@ class Trainer:
         return True
 
     def _check_skipped(self, lr: float) -> None:
-        """Raises DataError after too many steps in a row without finite gradients."""
+        """Raises DataError after too many steps in a row without finite gradients, with the weights before them saved."""
         in_a_row = self._meter.bad_in_a_row(self.dist)
         if in_a_row >= min(MAX_SKIPPED_STEPS, self.config.schedule.steps):
+            if in_a_row < self.step and self._is_finite():
+                self._saves.save_before_error(self.step, self.state, self.metrics)
             raise DataError(
                 f"step {self.step}: no gradient was finite for {in_a_row} steps in a row; lower the learning rate "
                 f"({lr:.3g}), or resume from an earlier checkpoint with other data"
             )
+
+    def _is_finite(self) -> bool:
+        """Whether all trained weights are, on every rank. Weights that are not would push good checkpoints out."""
+        trained = (p.detach() for p in self.task.model.parameters() if p.requires_grad)
+        own = (p.to_local() if self.task.is_sharded else p for p in trained)  # type: ignore[operator]
+        is_bad = not all(bool(torch.isfinite(p).all()) for p in own)
+        return self.dist.all_reduce_max(float(is_bad))[0] == 0
 
     def _set_learning_rates(self) -> float:
         """Set each group's learning rate for this step. Returns the one of the trainer's own schedule."""
