@@ -249,7 +249,7 @@ class Trainer:
         return True
 
     def _check_skipped(self, lr: float) -> None:
-        """Raises DataError after too many steps in a row without finite gradients, with the weights before them saved."""
+        """Raises DataError after too many steps in a row without finite gradients, with the weights saved."""
         in_a_row = self._meter.bad_in_a_row(self.dist)
         if in_a_row >= min(MAX_SKIPPED_STEPS, self.config.schedule.steps):
             if in_a_row < self.step and self._is_finite():

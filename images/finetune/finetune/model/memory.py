@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from estiba.errors import ConfigError
 from estiba.log import get_logger
+from estiba.memory import available_memory_bytes
 from finetune.config import FinetuneConfig
 from finetune.inputs import Inputs
 from finetune.tokens.examples import Example
@@ -112,6 +113,13 @@ def check_memory(inputs: Inputs, config: FinetuneConfig, device: torch.device, d
                 "--batch-size or --max-sequence-length, or take a larger GPU"
             )
         words += f" of {total / 1e9:.1f} GB"
+    elif (available := available_memory_bytes()) is not None:
+        words += f" of {available / 1e9:.1f} GB"
+        if need.weights + need.training_state > available:  # what cannot fit whatever the activations take
+            raise ConfigError(
+                f"{words} of memory that is available on this machine; use a machine with a GPU or more memory, or a "
+                "smaller base model"
+            )
     logger.info(words)
     _check_disk(config.output_dir, need.parameters * 2)
 
