@@ -51,7 +51,7 @@ echo "$step" > "/opt/ml/model/$me"
 def sync_request(tmp: Path, script: str, **changes: Any) -> dict[str, Any]:
     name = f"sync-{os.getpid()}-{time.monotonic_ns() % 10**9}"
     limits = {"MaxRuntimeInSeconds": 200, "MaxWaitTimeInSeconds": 300}
-    return request_of(tmp, script, TrainingJobName=name, StoppingCondition=limits, **changes)
+    return request_of(tmp, script, **{"TrainingJobName": name, "StoppingCondition": limits, **changes})
 
 
 TWO = {"ResourceConfig": {"InstanceType": "ml.g4dn.xlarge", "InstanceCount": 2, "VolumeSizeInGB": 1}}
