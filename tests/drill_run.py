@@ -24,6 +24,7 @@ class DrillRun:
     def __init__(self, tmp_path: Path) -> None:
         self.tmp = tmp_path
         self.state = tmp_path / "state"
+        (tmp_path / "code").mkdir(exist_ok=True)
 
     def write(self, script: str, **changes: Any) -> str:
         path = self.tmp / "job.yaml"

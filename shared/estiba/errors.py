@@ -53,3 +53,10 @@ class Interrupted(EstibaError):
         super().__init__(message)
         self.signum = signum or signal.SIGTERM
         self.exit_code = 128 + self.signum
+
+
+class RanksLost(EstibaError):
+    """Other ranks of the run were lost with their host. A new attempt resumes from the newest checkpoint."""
+
+    exit_code = 75
+    """EX_TEMPFAIL, as PID 1 ends with after a host was lost."""

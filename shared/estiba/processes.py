@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing import connection
 from typing import Any, NoReturn, TypeVar, cast
 
-from estiba.errors import EstibaError
+from estiba.errors import EstibaError, RanksLost
 from estiba.log import get_logger
 
 logger = get_logger(__name__)
@@ -35,6 +35,8 @@ _EXIT_WAIT_S = 5.0
 _POLL_S = 0.2
 _FAILED_RANK_GRACE_S = 10.0
 """After one rank fails, the others wait for it in vain. They have this long to finish their writes."""
+_LOST_RANKS_GRACE_S = 120.0
+"""The same after a rank lost those of another host: the others of its replica are saving theirs."""
 
 
 def die_with_parent(parent: int | None = None) -> None:
@@ -304,21 +306,23 @@ def run_ranks(
 
 
 def _wait_for_ranks(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Return the exit status of the first rank that failed, or 0."""
+    """Return the exit status of the first rank that failed, if possible not of one that only lost others; or 0."""
     failed: int | None = None
     kill_at = float("inf")
     stopped = {128 + signum for signum in _STOP_SIGNALS}
     while any(process.poll() is None for process in processes):
         for process in processes:
-            if failed is None and process.poll():
-                failed = process.returncode
-                kill_at = time.monotonic() + _FAILED_RANK_GRACE_S
+            if failed in (None, RanksLost.exit_code) and process.poll() and process.returncode != failed:
+                failed = process.returncode  # one that only lost the others is not the reason
+                grace_s = _LOST_RANKS_GRACE_S if failed == RanksLost.exit_code else _FAILED_RANK_GRACE_S
+                kill_at = time.monotonic() + grace_s
         if time.monotonic() > kill_at and failed not in stopped:
             for process in processes:
                 if process.poll() is None:
                     process.kill()
         time.sleep(_POLL_S)
-    code = failed or next((process.returncode for process in processes if process.returncode), 0)
+    ended = [code for code in (failed, *(process.returncode for process in processes)) if code]
+    code = min(ended, key=lambda code: code == RanksLost.exit_code, default=0)
     return 128 - code if code < 0 else code
 
 

@@ -189,6 +189,14 @@ if sys.argv[1] == "stop":
     time.sleep(60)
 if sys.argv[1] == "fail":
     time.sleep(60)
+if sys.argv[1] == "lose":  # rank 0 ends because it lost rank 1, which is the one that failed
+    sys.exit(75 if rank == 0 else 7)
+if sys.argv[1] == "save" and rank == 0:
+    sys.exit(75)
+if sys.argv[1] == "save":
+    time.sleep(2)  # longer than a failed rank's grace
+    print("saved", flush=True)
+    sys.exit(75)
 """
 
 
@@ -222,6 +230,15 @@ def test_a_rank_that_fails_ends_the_others_with_its_status(tmp_path: Path) -> No
     process = start_ranks(tmp_path, "fail")
     process.communicate(timeout=50)
     assert process.returncode == 7 and time.monotonic() - started < 30
+
+
+def test_a_rank_that_lost_others_is_not_the_reason_and_does_not_end_those_that_save(tmp_path: Path) -> None:
+    process = start_ranks(tmp_path, "lose")
+    process.communicate(timeout=50)
+    assert process.returncode == 7
+    process = start_ranks(tmp_path, "save")
+    out, _ = process.communicate(timeout=50)
+    assert process.returncode == 75 and "saved" in out
 
 
 def test_a_stop_reaches_every_rank(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def save(
         "name": ckpt_format.checkpoint_name(step), "size": file.layout.size_bytes, "needed": 0, "kept": None,
         "buffer_bytes": buffer.size_bytes, "part": part,
     }  # fmt: skip
-    return writer, writer.save(command)
+    return writer, writer.save(command, writer.owner)
 
 
 def save_all(folder: Path, ranks: int, **options: Any) -> str:
@@ -232,16 +232,16 @@ def test_a_host_that_survives_commits_an_upload_that_was_complete_on_all_hosts(t
     """Each host has a disk of its own. The main host is lost after its upload, before it commits."""
     url = "s3://estiba/survivor"
     main, _ = save(tmp_path / "algo-1", 0, 2, upload=url)
-    main.send("step-00000020")
+    main.send("step-00000020", main.owner)
     other, _ = save(tmp_path / "algo-2", 1, 2, upload=url)
-    other.send("step-00000020")
-    other.commit_remote("step-00000020")
+    other.send("step-00000020", other.owner)
+    other.commit_remote("step-00000020", other.owner)
     store = open_store(url)
     assert sharded.committed(store.list()) == ["step-00000020"]
     state = load([FileStore(tmp_path / "new"), store], "step-00000020", 0, 1)
     assert torch.equal(state["optimizer"]["average"].rows, TENSORS["optimizer/average"])
     before = store.read(f"step-00000020/{MANIFEST}")
-    main.commit_remote("step-00000020")  # it was only slow: If-None-Match keeps the first, and the bytes are the same
+    main.commit_remote("step-00000020", main.owner)  # it was only slow: the first is kept, and the bytes are the same
     assert store.read(f"step-00000020/{MANIFEST}") == before
 
 
@@ -251,10 +251,10 @@ def test_an_upload_that_lacks_a_lost_hosts_part_is_not_a_checkpoint(
     monkeypatch.setattr("estiba.checkpoint.sharded.writer.CLOSING_TIMEOUT_S", 0.2)
     url = "s3://estiba/lost"
     main, _ = save(tmp_path / "algo-1", 0, 2, upload=url)
-    main.send("step-00000020")
+    main.send("step-00000020", main.owner)
     main._closing.set()
     with pytest.raises(CheckpointError, match="1 of 2 parts arrived; the checkpoint before it counts"):
-        main.commit_remote("step-00000020")
+        main.commit_remote("step-00000020", main.owner)
     assert sharded.committed(open_store(url).list()) == []
 
 
@@ -264,7 +264,7 @@ def test_no_two_ranks_write_one_name(tmp_path: Path, s3: Any) -> None:
     for rank in range(3):
         writer, _ = save(tmp_path / f"algo-{rank + 1}", rank, 3, upload=url)
         before = {entry.path for entry in open_store(url).list()}
-        writer.send("step-00000020")
+        writer.send("step-00000020", writer.owner)
         written.append({entry.path for entry in open_store(url).list()} - before)
     assert all(len(names) == 2 for names in written)
     assert len(set().union(*written)) == 6

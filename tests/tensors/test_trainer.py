@@ -398,6 +398,17 @@ def test_the_row_after_a_resume_counts_the_time_before_it(monkeypatch: pytest.Mo
     assert meters[1].row(DistContext())["points_per_s"] == 20.0 and meters[1].seconds_total == 5
 
 
+def test_the_loss_since_the_last_row_is_that_of_all_ranks_when_another_number_of_them_resumes() -> None:
+    class Two(DistContext):
+        def all_reduce_sum(self, *values: float) -> list[float]:
+            return [value + other for value, other in zip(values, (90.0, 10.0), strict=True)]
+
+    meters = [ThroughputMeter(toy.Toy(), CPU, torch.float32, 1) for _ in range(2)]
+    meters[0].add(torch.tensor(30.0), torch.tensor(1.5), 50, 60)
+    meters[1].load_state_dict(meters[0].state_dict(Two()), of_all=True)
+    assert meters[1].row(DistContext())["train_loss"] == pytest.approx(120 / 60)
+
+
 # --- batches ahead, numbers
 
 

@@ -70,6 +70,11 @@ class SaveRequest:
 class CheckpointManager:
     """The checkpoints in a folder that only this job uses."""
 
+    is_sharded = False
+    """Whether each rank saves a shard of the state."""
+    has_replicas = False
+    """Whether there are several copies of the sharded state, so that `save_replica` can save one of them."""
+
     def __init__(
         self,
         folder: Path,
@@ -97,6 +102,8 @@ class CheckpointManager:
         self._restored_name: str | None = None
         self._next_save_at = 0.0
         self._saves = 0  # the same on all ranks, which save together or not at all
+        self.state_lock = threading.RLock()
+        """Held while the state that is saved changes, or is copied."""
         self._lock = ExitStack()
         if self.dist.is_main:
             self._lock.enter_context(exclusive(FileStore(self.folder), "training", timeout_s=LOCK_TIMEOUT_S))
@@ -201,6 +208,12 @@ class CheckpointManager:
         self._next_save_at = time.monotonic() + SPACING * blocking_s
         if wait:
             self.wait()
+
+    def save_replica(
+        self, step: int, state: Mapping[str, Any], *, timeout_s: float, metrics: Mapping[str, float] | None = None
+    ) -> bool:
+        """Save one replica without the ranks of the others (`has_replicas`). Returns whether it is saved."""
+        raise NotImplementedError
 
     def save_before_stop(
         self,

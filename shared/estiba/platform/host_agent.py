@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from estiba.errors import RanksLost
 from estiba.log import get_logger
 from estiba.platform.hosts import Hosts
 from estiba.platform.outcomes import CONSEQUENCE, LOST, STOPPED, Failure, first
@@ -42,7 +43,7 @@ FROZEN_S = 5.0
 """A gap between two beats of this host's own clock: it stood still itself, so the others' silence proves nothing."""
 MAX_BYTES = 65_536
 PREPARING, READY, RUNNING, ENDED = "preparing", "ready", "running", "ended"
-EXIT_LOST = 75
+EXIT_LOST = RanksLost.exit_code
 """Exit status after another host was lost: EX_TEMPFAIL, start again. A bug keeps its own status, a stop has 143."""
 
 

@@ -20,7 +20,7 @@ from estiba.platform.script_job import PrepareSupervisor, wait_until_ready
 from estiba.platform.steps import NAME as STEP_FILE
 from estiba.platform.steps import STALL_S, StepWatch
 from estiba.platform.stop import seconds
-from estiba.platform.supervisor import STOPPING, Command, Supervisor, stage_command
+from estiba.platform.supervisor import LOST_FILE, STOPPING, Command, Supervisor, stage_command
 
 
 def run_linked(command: Command, environ: MutableMapping[str, str], failure_path: Path, grace_s: float) -> int:
@@ -47,7 +47,7 @@ def run_linked(command: Command, environ: MutableMapping[str, str], failure_path
             command,
             failure_path,
             grace_s,
-            environ={**sockets, **environ, STEP_FILE: str(steps.path)},
+            environ={**sockets, **environ, STEP_FILE: str(steps.path), LOST_FILE: str(folder / "lost")},
             agent=agent,
             steps=steps if agent is not None else None,
         ).run()

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from estiba.errors import RanksLost
 from estiba.platform.failure import SHOWN_CHARACTERS
 from estiba.platform.process_tree import start_time
 
@@ -164,7 +165,8 @@ class Outcomes:
             text, kind = f"{record['program']} was killed", KILLED
         else:
             text = f"{record['program']} ended with exit code {code}"
-            kind = ERROR if "rank" in record else CONSEQUENCE  # a launcher's status says less than its ranks' ends
+            # A launcher's status says less than its ranks' ends, and a rank with this status lost other ranks.
+            kind = ERROR if "rank" in record and code != RanksLost.exit_code else CONSEQUENCE
         return Failure(
             text=text[:SHOWN_CHARACTERS],
             host=self.host,

@@ -26,6 +26,7 @@ from estiba.platform.steps import NAME as STEP_FILE
 from estiba.platform.steps import STALL_S, StepWatch
 from estiba.platform.stop import seconds
 from estiba.platform.supervisor import (
+    LOST_FILE,
     RESERVE_S,
     STOPPING,
     Command,
@@ -78,7 +79,12 @@ class ScriptJob:
             command,
             self.failure_path,
             self.grace_s,
-            environ={**environment, "ESTIBA_RUN_DIR": str(folder), STEP_FILE: str(steps)},
+            environ={
+                **environment,
+                "ESTIBA_RUN_DIR": str(folder),
+                STEP_FILE: str(steps),
+                LOST_FILE: str(folder / "lost"),
+            },
             code=self.script.code,
             outcomes=Outcomes(folder, self.script.current_host),
             steps=StepWatch(steps, seconds(self.environ, "ESTIBA_STALL_S") or STALL_S),

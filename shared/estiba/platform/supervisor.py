@@ -38,6 +38,8 @@ RESERVE_S = 4.0
 """The part of the grace period reserved for killing remaining processes and writing the failure file."""
 TAIL_BYTES = 16_384
 AGENT_POLL_S = 0.5
+LOST_FILE = "ESTIBA_LOST_FILE"
+"""Names the file that says which host was lost. A rank that waits for it in a collective never hears TERM."""
 _PR_SET_CHILD_SUBREAPER = 36
 CHILD_ENVIRONMENT = {"GOMP_SPINCOUNT": "3000"}
 """Defaults for the child's environment.
@@ -157,6 +159,10 @@ class Supervisor:
     def _stop_for(self, verdict: Failure) -> None:
         logger.error("stopping, since %s", describe(verdict))
         self.verdict = verdict
+        if verdict.kind == LOST and (path := self.environ.get(LOST_FILE)):
+            with contextlib.suppress(OSError):
+                Path(f"{path}.new").write_text(describe(verdict))
+                os.replace(f"{path}.new", path)
         self._forward(signal.SIGTERM)
 
     def _start(self) -> tuple[subprocess.Popen[bytes], threading.Thread | None]:

@@ -106,12 +106,15 @@ class ThroughputMeter:
         self._epoch_loss = self._epoch_units = 0.0
         return mean
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, dist: DistContext | None = None) -> dict[str, Any]:
+        """Return the sums of this rank, and with `dist` those of all ranks too: another number of ranks may resume."""
+        loss, units_good = float(self._loss), float(self._units_good)
         return {
             "units_total": self.units_total,
             "seconds_total": self.seconds_total,
-            "loss": float(self._loss),
-            "units_good": float(self._units_good),
+            "loss": loss,
+            "units_good": units_good,
+            "of_all": [loss, units_good] if dist is None else dist.all_reduce_sum(loss, units_good),
             "bad": float(self._bad),
             "bad_in_a_row": float(self._bad_in_a_row),
             "epoch": [self._epoch_loss, self._epoch_units],
@@ -120,10 +123,12 @@ class ThroughputMeter:
             "steps": self._steps,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, of_all: bool = False) -> None:
+        """Load this rank's sums, or with `of_all` those of all ranks."""
+        loss, units_good = state["of_all"] if of_all and "of_all" in state else (state["loss"], state["units_good"])
         self.units_total, self.seconds_total = state["units_total"], state["seconds_total"]
-        self._loss = torch.tensor(state["loss"], dtype=torch.float64)
-        self._units_good = torch.tensor(state["units_good"], dtype=torch.float64)
+        self._loss = torch.tensor(loss, dtype=torch.float64)
+        self._units_good = torch.tensor(units_good, dtype=torch.float64)
         self._bad = torch.tensor(state["bad"], dtype=torch.float64)
         self._bad_in_a_row = torch.tensor(state.get("bad_in_a_row", 0.0), dtype=torch.float64)
         self._most_in_a_row = self._bad_in_a_row

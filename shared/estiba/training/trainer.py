@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -29,6 +30,7 @@ from estiba.training.metrics import EPOCH_LOSS, MetricsLogger, rows_in
 from estiba.training.precision import AmpContext
 from estiba.training.prefetch import Prefetcher, to_device
 from estiba.training.saving import SavePolicy
+from estiba.training.survivors import Survivors
 from estiba.training.task import TrainTask
 from estiba.training.throughput import ThroughputMeter
 
@@ -66,6 +68,13 @@ class Trainer:
         self.skipped_steps = 0
         """Steps that were skipped because their gradients were not finite."""
         self._saves = SavePolicy(checkpoints, config, dist=self.dist, stop=stop)
+        self._survivors = Survivors(checkpoints, self._present, stop=stop)
+        self._state_lock = threading.RLock() if checkpoints is None else checkpoints.state_lock
+        self._shards: Mapping[str, torch.Tensor] = {}
+        self._random_between: dict[str, Any] = {}
+        """The random state before the step or evaluation in progress."""
+        self._updated: torch.cuda.Event | None = None
+        """Complete once the GPU has the state after the last step."""
         self._meter = ThroughputMeter(task, device, self.amp.dtype, self.dist.world_size)
         if device.type == "cpu":
             keep_freed_memory()
@@ -82,7 +91,7 @@ class Trainer:
             rng.seed(self.config.seed + self.dist.rank)
         else:
             rows = self._load_state(restored)
-        if self.dist.is_main:
+        if self.dist.is_main or self.task.is_sharded:  # any rank may have to save them
             self.metrics_logger.start(rows, total_steps=self.config.schedule.steps, step=self.step)
 
     def _load_state(self, restored: Restored) -> Sequence[Any]:
@@ -110,9 +119,10 @@ class Trainer:
         own = state["loop"]
         self.step, self.evaluated_step = own["step"], own["evaluated"]
         self.skipped_steps, self.metrics = own["skipped"], own["metrics"]
-        if self.dist.is_main or restored.manifest.ranks == self.dist.world_size:
+        is_same_number = restored.manifest.ranks == self.dist.world_size
+        if self.dist.is_main or is_same_number:
             rng.set_state(state["random"])
-            self._meter.load_state_dict(state["meter"])
+            self._meter.load_state_dict(state["meter"], of_all=not is_same_number)
         else:  # saved with another number of ranks: this rank has no random state of its own
             rng.seed(self.config.seed + self.dist.rank + self.step * 1009)
         return rows_in(own["rows"])
@@ -122,14 +132,21 @@ class Trainer:
 
         The keys are those of checkpoint format 1 (docs/decisions/0007), so checkpoints of earlier versions restore.
         """
-        own = {"random": rng.get_state(), "meter": self._meter.state_dict()}
-        if not self.dist.is_main:
-            if self.task.is_sharded:
-                return {**own, "model": self.task.model_state(), "optimizer": self.task.optimizer.state_dict()}
+        own = {"random": rng.get_state(), "meter": self._meter.state_dict(self.dist)}
+        if not self.dist.is_main and not self.task.is_sharded:
             return own
+        return {**own, **self._common_state(self.task.model_state())}
+
+    def _present(self) -> tuple[int, Mapping[str, Any], Mapping[str, float]]:
+        """Return the state after the last complete step, also in the middle of a step whose other ranks are lost."""
+        if self._updated is not None:
+            torch.cuda.current_stream().wait_event(self._updated)
+        own = {"random": rng.get_state() | self._random_between, "meter": self._meter.state_dict()}
+        return self.step, {**own, **self._common_state(self._shards)}, self.metrics
+
+    def _common_state(self, model: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         return {
-            **own,
-            "model": self.task.model_state(),
+            "model": model,
             "optimizer": self.task.optimizer.state_dict(),
             "scaler": self.amp.state_dict(),
             "work": self.task.state_dict(),
@@ -155,9 +172,20 @@ class Trainer:
     # --- the run
 
     def run(self) -> None:
-        """Train until the last step, or until the task stops early. Raises Interrupted when asked to stop."""
+        """Train until the last step, or until the task stops early.
+
+        Raises Interrupted when asked to stop, RanksLost after the loss of another host (sharded tasks).
+        """
+        if self.task.is_sharded:  # in the middle of a step, FSDP has whole tensors in the shards' place
+            self._shards = dict(self.task.model_state())
+        with self._survivors.watching():
+            self._run()
+
+    def _run(self) -> None:
         model = self._wrapped()
         total = self.config.schedule.steps
+        if self.step > 0 and self._is_log_due() and self._logged_step() < self.step:  # its other ranks were lost then
+            self._log(self.config.schedule.at(self.step - 1))
         is_complete = self.step > 0 and self._stop_early() is not None  # an early-stopped run that is started again
         batches = Prefetcher(self.task.batches, self.step, 0 if is_complete else total)
         self._saves.start()
@@ -215,7 +243,7 @@ class Trainer:
             return False
         if self.step == 0 and is_alone and not self.config.compile:  # a compiled model would compile for the halves
             check_loss_is_a_sum(self.task, batches, self.amp, self.device)
-        random_before = rng.get_state(quick=True)
+        random_before = self._random_between = rng.get_state(quick=True)
         units = [self.task.units_in(batch) for batch in batches]
         total = self.dist.all_reduce_sum(float(sum(units)))[0]
         if total <= 0:
@@ -236,14 +264,20 @@ class Trainer:
                 # DDP and FSDP average gradients over the ranks; they must be summed.
                 share = loss * (self.dist.world_size / total)
                 (share if self.amp.scaler is None else self.amp.scaler.scale(share)).backward()
-        norm = self._update()
-        self.step += 1
+        norm = self._clip()
+        with self._state_lock:
+            self._update(norm)
+            self.step += 1
+            self._random_between = {}
+            self._meter.add(losses, norm, sum(units), total)
+            if self.task.is_sharded and self.device.type == "cuda":
+                self._updated = torch.cuda.Event()
+                self._updated.record()
         report_step(self.step)
-        self._meter.add(losses, norm, sum(units), total)
         self.metrics_logger.advance(self.step)
-        is_last = self.step == self.config.schedule.steps
-        if self.step % self.config.log_every == 0 or is_last or self.task.epoch_ending_at(self.step) is not None:
+        if self._is_log_due():
             self._log(lr)
+        is_last = self.step == self.config.schedule.steps
         if self.step % MAX_SKIPPED_STEPS == 0 or is_last:
             self._check_skipped(lr)
         return True
@@ -273,16 +307,23 @@ class Trainer:
             group["lr"] = schedule.at(self.step) * group.get("lr_scale", 1.0)
         return self.config.schedule.at(self.step)
 
-    def _update(self) -> torch.Tensor:
-        """Clip and step. Non-finite gradients are skipped. Returns their norm before clipping."""
-        optimizer, scaler = self.task.optimizer, self.amp.scaler
-        if scaler is not None:
-            scaler.unscale_(optimizer)
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    def _clip(self) -> torch.Tensor:
+        """Clip the gradients. Returns their norm before, which is the last thing in a step that ranks exchange."""
+        if self.amp.scaler is not None:
+            self.amp.scaler.unscale_(self.task.optimizer)
+        groups = self.task.optimizer.param_groups
+        parameters = [p for group in groups for p in group["params"] if p.grad is not None]
         limit = float("inf") if self.config.clip is None else self.config.clip
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
         if self.task.is_sharded:
             norm = norm.full_tensor()  # type: ignore[attr-defined]
+            if self.device.type == "cuda":  # what waits for a lost rank must wait here, and not hold the lock
+                torch.cuda.current_stream().synchronize()
+        return norm
+
+    def _update(self, norm: torch.Tensor) -> None:
+        """Take the optimizer's step. Non-finite gradients are skipped."""
+        optimizer, scaler = self.task.optimizer, self.amp.scaler
         if scaler is not None:
             scaler.step(optimizer)
             scaler.update()
@@ -294,7 +335,15 @@ class Trainer:
         elif bool(torch.isfinite(norm)):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return norm
+
+    def _is_log_due(self) -> bool:
+        is_last = self.step == self.config.schedule.steps
+        return self.step % self.config.log_every == 0 or is_last or self.task.epoch_ending_at(self.step) is not None
+
+    def _logged_step(self) -> int:
+        """Return the last step that has a row of training metrics on the main rank."""
+        steps = [row["step"] for row in self.metrics_logger.rows if "train_loss" in row]
+        return int(self.dist.broadcast(steps[-1] if steps else 0))
 
     def _log(self, lr: float) -> None:
         row = self._meter.row(self.dist)
@@ -321,6 +370,7 @@ class Trainer:
         """Evaluate. Returns False if a stop interrupted it; its results are then discarded."""
         sums: dict[str, list[Any]] = {}
         was_training = self.task.model.training
+        self._random_between = rng.get_state(quick=True)
         self.task.model.eval()
         with self._meter.paused(), rng.preserved():
             try:
@@ -340,9 +390,9 @@ class Trainer:
                     self.metrics |= self.task.on_evaluation(self.step, self.metrics)
             finally:
                 self.task.model.train(was_training)
-        self.evaluated_step = self.step
+        self.evaluated_step, self._random_between = self.step, {}
         epoch = self.task.epoch_ending_at(self.step)
         ended = {} if epoch is None else {"epoch": epoch, EPOCH_LOSS: self._meter.end_epoch()}
-        if self.dist.is_main and (self.metrics or ended):
+        if self.metrics or ended:
             self.metrics_logger.add({"step": self.step, **self.task.log_fields(self.step), **ended, **self.metrics})
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,16 +17,29 @@ from typing import Any
 TIMEOUT_S = 240
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 class Hosts:
     """A job on several hosts that has been started."""
 
     def __init__(
-        self, root: Path, count: int, arguments: Sequence[str], *, environ: Mapping[str, str] | None = None
+        self,
+        root: Path,
+        count: int,
+        arguments: Sequence[str],
+        *,
+        environ: Mapping[str, str] | None = None,
+        is_watched: bool = False,
     ) -> None:
-        self.roots = [root / f"algo-{number}" for number in range(1, count + 1)]
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
+        """`is_watched` puts PID 1 above each host's processes, whose agents find each other on 127.0.0.N."""
+        name = "127.0.0.{}" if is_watched else "algo-{}"
+        self.roots = [root / name.format(number) for number in range(1, count + 1)]
+        port, agent_port = str(free_port()), str(free_port())
+        module = "estiba.platform.entry" if is_watched else "multinode"
         self.processes = []
         for folder in self.roots:
             config = folder / "input/config"
@@ -35,7 +49,7 @@ class Hosts:
             with open(folder / "log", "w") as log:
                 self.processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "multinode", *arguments],
+                        [sys.executable, "-m", module, *arguments],
                         stdout=log,
                         stderr=log,
                         env={
@@ -46,6 +60,9 @@ class Hosts:
                             "MASTER_PORT": port,
                             "OMP_NUM_THREADS": "1",
                             "HF_HUB_OFFLINE": "1",
+                            "ESTIBA_WORKLOAD": "multinode",
+                            "ESTIBA_HOST_AGENT": "1",
+                            "ESTIBA_AGENT_PORT": agent_port,
                             **(environ or {}),
                         },
                     )
@@ -77,6 +94,17 @@ class Hosts:
     def signal(self, signum: signal.Signals, hosts: Sequence[int] | None = None) -> None:
         for host in range(len(self.roots)) if hosts is None else hosts:
             self.processes[host].send_signal(signum)
+
+    def signal_all(self, signum: signal.Signals, host: int) -> None:
+        """Signal every process of a host, as `docker pause` (STOP) and the loss of a machine (KILL) do."""
+        mark = f"ESTIBA_ROOT={self.roots[host]}".encode()
+        for folder in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if folder.name.isdigit() and mark in (folder / "environ").read_bytes().split(b"\0"):
+                    os.kill(int(folder.name), signum)
+
+    def failure(self, host: int = 0) -> str:
+        return (self.roots[host] / "output/failure").read_text()
 
     def kill(self) -> None:
         """Take all hosts away at once; ranks and writers die with their parents."""

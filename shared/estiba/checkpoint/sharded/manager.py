@@ -6,11 +6,9 @@ be one that all hosts share, or a disk of each host. A restore reads ranges, so 
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +16,16 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from estiba.checkpoint import format as ckpt_format
 from estiba.checkpoint import layout, snapshot, tree_spec
-from estiba.checkpoint.format import MANIFEST, Manifest, checkpoint_name
+from estiba.checkpoint.format import Manifest, checkpoint_name
 from estiba.checkpoint.manager import SPACING, CheckpointManager, SaveRequest
 from estiba.checkpoint.restore import Restored
 from estiba.checkpoint.retention import Retention
 from estiba.checkpoint.sharded import format as sharded
+from estiba.checkpoint.sharded.catalogue import Catalogue, read_manifest
 from estiba.checkpoint.sharded.format import ShardedManifest
 from estiba.checkpoint.sharded.receipts import Receipts
-from estiba.checkpoint.sharded.restore import LocalShard, MissingPart, Packed, load_common, load_state
+from estiba.checkpoint.sharded.restore import LocalShard, Packed, Trouble, load_common, load_state
 from estiba.checkpoint.writer_process import Reply, WriterProcess
 from estiba.distributed import DistContext
 from estiba.errors import CheckpointError, StoreError
@@ -35,34 +33,16 @@ from estiba.log import get_logger
 from estiba.storage import FileStore, Store, open_store
 
 logger = get_logger(__name__)
-SHARED_KEYS = ("model", "optimizer")
-"""The parts of a state whose tensors are sharded. What else a rank holds is its own, such as its random state."""
-
-
-@dataclass
-class _Trouble:
-    """Why a rank could not load a checkpoint."""
-
-    denied: str = ""
-    """It may be intact, and this rank cannot read it."""
-    problem: str = ""
-    missing: str = ""
-    """A part is not on this host."""
-
-    @contextlib.contextmanager
-    def noted(self) -> Iterator[None]:
-        try:
-            yield
-        except MissingPart as error:
-            self.missing = str(error)
-        except CheckpointError as error:
-            self.problem = str(error)
-        except StoreError as error:
-            self.denied = str(error)
+OWN_KEYS = ("random", "meter")
+"""The parts of a state that are each rank's own. Sharded tensors apart, the first rank saves the rest for all."""
+COMMIT_S = 2.0
+"""How long a complete save may take to be committed."""
 
 
 class ShardedCheckpointManager(CheckpointManager):
     """The sharded checkpoints in a folder that only this job uses. All ranks call each method together."""
+
+    is_sharded = True
 
     def __init__(
         self,
@@ -76,10 +56,12 @@ class ShardedCheckpointManager(CheckpointManager):
         """`mesh` is the model's: (shard) or (replicate, shard). Raises CheckpointError as CheckpointManager does."""
         self.mesh = mesh
         self.shard, self.shards = mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
-        self.is_first_replica = mesh.ndim == 1 or mesh.get_local_rank(0) == 0
+        self.replica = 0 if mesh.ndim == 1 else mesh.get_local_rank(0)
+        self.is_first_replica, self.has_replicas = self.replica == 0, mesh.ndim == 2
+        self._part_is_done = threading.Event()
         super().__init__(folder, retention=retention, upload=upload, dist=dist)
-        self._store: Store = FileStore(self.folder)
         self._remote = open_store(upload) if upload else None
+        self._catalogue = Catalogue(FileStore(self.folder), self._remote)
         self._receipts = Receipts(self.dist)
         self._kept: list[str] | None = None
         self._is_uploading = False
@@ -98,7 +80,7 @@ class ShardedCheckpointManager(CheckpointManager):
         """
         if source is not None:
             found = self.dist.broadcast(
-                self._read(source.name, [FileStore(source.parent)]) if self.dist.is_main else None
+                read_manifest(source.name, [FileStore(source.parent)]) if self.dist.is_main else None
             )
             if isinstance(found, str):
                 raise CheckpointError(f"{source}: {found}")
@@ -107,7 +89,7 @@ class ShardedCheckpointManager(CheckpointManager):
             if restored is None:
                 raise CheckpointError(f"{source}: {problem}")
             return restored
-        names = self.dist.broadcast(self._candidates() if self.dist.is_main else None)
+        names = self.dist.broadcast(self._catalogue.names() if self.dist.is_main else None)
         if isinstance(names, str):
             raise StoreError(names)
         passed_over: list[tuple[str, str]] = []  # names and attempts of newer ones
@@ -117,13 +99,13 @@ class ShardedCheckpointManager(CheckpointManager):
             if restored is not None:
                 if self.dist.is_main:  # this run will save these steps again
                     for newer, attempt in passed_over:
-                        self._revoke(newer, attempt)
+                        self._catalogue.revoke(newer, attempt)
                 self.newest_step = restored.step
                 return restored
             if self.dist.is_main:
                 logger.warning(f"{self.folder / name}: {problem}; falling back to the one before")
                 if not is_missing:
-                    self._revoke(name, token)
+                    self._catalogue.revoke(name, token)
             if is_missing:
                 missing = missing or problem
                 passed_over.append((name, token))
@@ -138,52 +120,12 @@ class ShardedCheckpointManager(CheckpointManager):
 
     def _try(self, name: str) -> tuple[Restored | None, str, str, bool]:
         """Load one on all ranks. Returns the state, the attempt that saved it, what is wrong, if a part is missing."""
-        found = self.dist.broadcast(self._read(name, self._stores()) if self.dist.is_main else None)
+        found = self.dist.broadcast(read_manifest(name, self._catalogue.stores) if self.dist.is_main else None)
         if isinstance(found, str):
             return None, "unreadable", found, False
         manifest = ShardedManifest.from_bytes(found, name)
         restored, problem, is_missing = self._load(name, manifest, self.folder)
         return restored, manifest.token, problem, is_missing
-
-    def _revoke(self, name: str, token: str) -> None:
-        for store in self._stores():
-            sharded.revoke(store, name, token)
-
-    def _stores(self) -> list[Store]:
-        return [self._store] if self._remote is None else [self._store, self._remote]
-
-    def _candidates(self) -> list[str] | str:
-        """Commit what is whole, and return the committed names, newest first; or why S3 cannot be listed."""
-        names: set[str] = set()
-        for store in self._stores():
-            try:
-                entries = store.list()
-                for name in sharded.uncommitted(entries):
-                    with contextlib.suppress(CheckpointError):
-                        if sharded.commit_if_whole(store, name) is not None:
-                            logger.info(f"{store.url_of(name)}: all parts are there; committed")
-                            names.add(name)
-                names |= set(sharded.committed(entries))
-            except StoreError as error:
-                if store is self._store or not names:
-                    return str(error)
-                logger.warning(
-                    f"{store.url}: cannot be listed ({error}); continuing from the checkpoints in {self.folder}"
-                )
-        return sorted(names, key=ckpt_format.sort_key, reverse=True)
-
-    def _read(self, name: str, stores: list[Store]) -> bytes | str:
-        """Return the manifest's bytes from the first store that has it, or what is wrong with it."""
-        problem = "has no manifest"
-        for store in stores:
-            with contextlib.suppress(StoreError):
-                if store.head(f"{name}/{MANIFEST}") is None:
-                    continue
-                try:
-                    return sharded.read_manifest(store, name).to_bytes()
-                except CheckpointError as error:
-                    problem = str(error)
-        return problem
 
     def _load(self, name: str, manifest: ShardedManifest, folder: Path) -> tuple[Restored | None, str, bool]:
         """Load this rank's state, on all ranks or on none. Returns it, or what is wrong, and if only a part is missing.
@@ -191,7 +133,7 @@ class ShardedCheckpointManager(CheckpointManager):
         Raises StoreError.
         """
         stores: list[Store] = [FileStore(folder), *([] if self._remote is None else [self._remote])]
-        trouble = _Trouble()
+        trouble = Trouble()
         common: Packed | None = None
         state: dict[str, Any] = {}
         with trouble.noted():
@@ -250,7 +192,8 @@ class ShardedCheckpointManager(CheckpointManager):
     # --- saving
 
     def reserve(self, state: Mapping[str, Any]) -> None:
-        self._buffer.reserve(self._planned(state)[0].layout.size_bytes)
+        planned = self._planned(state, is_first=self.dist.is_main, holds_shard=self.is_first_replica)
+        self._buffer.reserve(planned[0].layout.size_bytes)
         self._start_writer()
 
     def save(
@@ -264,70 +207,112 @@ class ShardedCheckpointManager(CheckpointManager):
     ) -> None:
         """Copy this rank's state into memory and have its writer save it, as `CheckpointManager.save` does."""
         self.wait()
+        # Ranks that upload at different speeds must leave out the same saves.
+        is_uploaded = wait or self.dist.all_reduce_max(float(self._is_uploading))[0] == 0
+        kept = self.dist.broadcast(self._kept)
+        with self.state_lock:
+            self._send(
+                step,
+                self._planned(state, is_first=self.dist.is_main, holds_shard=self.is_first_replica),
+                {"kind": kind, "shard": self.shard if self.is_first_replica else None, "metrics": metrics},
+                {"is_uploaded": is_uploaded, "kept": kept},
+            )
+        if self.dist.is_main:
+            arguments = (self._request, checkpoint_name(step), self._saves)
+            threading.Thread(
+                target=self._commit_when_written, args=arguments, name="estiba-commit", daemon=True
+            ).start()
+        if wait:
+            self.wait()
+
+    def save_replica(
+        self, step: int, state: Mapping[str, Any], *, timeout_s: float, metrics: Mapping[str, float] | None = None
+    ) -> bool:
+        """Save this rank's replica as a whole checkpoint, without the ranks of other replicas, which may be lost.
+
+        Every rank of the replica calls it with its whole `state`, as the main rank has it. Returns whether the
+        checkpoint is committed; on ranks other than the replica's first, whether this rank's part is written.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self.state_lock:
+            if self._request is not None:
+                self._part_is_done.wait(timeout_s)
+                if self.dist.is_main:  # perhaps every rank wrote its part before the others were lost
+                    self._request.done.wait(COMMIT_S)
+                self._request.done.set()
+            replica = {"token": f"{self._token}{self.replica:02x}", "rank": self.shard, "ranks": self.shards}
+            self._send(
+                step,
+                self._planned(state, is_first=self.shard == 0, holds_shard=True),
+                {"kind": "interrupt", "shard": self.shard, "metrics": metrics},
+                {"is_uploaded": True, "kept": None, "replica": replica, "timeout_s": deadline - time.monotonic()},
+            )
+        self.wait(max(0.0, deadline - time.monotonic()))
+        return self.newest_step == step
+
+    def _send(
+        self,
+        step: int,
+        planned: tuple[snapshot.TensorFile, Any, dict[str, dict[str, Any]]],
+        part: Mapping[str, Any],
+        options: Mapping[str, Any],
+    ) -> None:
+        """Copy a planned file into the staging buffer and have the writer save it."""
         started = time.monotonic()
-        file, tree, shapes = self._planned(state)
+        file, tree, shapes = planned
         self._buffer.reserve(file.layout.size_bytes)
         self._buffer.pin()
         snapshot.copy_file(self._buffer, 0, file)
         if torch.cuda.is_available():
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()
         blocking_s = time.monotonic() - started
         self._saves += 1
+        self._part_is_done.clear()
         writer = self._start_writer()
-        request = self._request = SaveRequest(step, started, blocking_s, file.layout.size_bytes, writer)
-        # Ranks that upload at different speeds must leave out the same saves.
-        is_uploaded = wait or self.dist.all_reduce_max(float(self._is_uploading))[0] == 0
-        self._is_uploading = is_uploaded and self._remote is not None
-        name = checkpoint_name(step)
-        if self.dist.is_main:
-            arguments = (request, name, self._saves)
-            threading.Thread(
-                target=self._commit_when_written, args=arguments, name="estiba-commit", daemon=True
-            ).start()
+        self._request = SaveRequest(step, started, blocking_s, file.layout.size_bytes, writer)
+        self._is_uploading = bool(options["is_uploaded"]) and self._remote is not None
+        metrics = {key: float(value) for key, value in (part["metrics"] or {}).items()}
         writer.send(
             {
                 "do": "save",
                 "step": step,
-                "name": name,
+                "name": checkpoint_name(step),
                 "needed": file.layout.size_bytes,
                 "size": file.layout.size_bytes,
                 "buffer_bytes": self._buffer.size_bytes,
-                "is_uploaded": is_uploaded,
-                "kept": self.dist.broadcast(self._kept),
+                **options,
                 "part": {
+                    **part,
                     "step": step,
-                    "kind": kind,
-                    "shard": self.shard if self.is_first_replica else None,
                     "shards": self.shards,
-                    "metrics": {key: float(value) for key, value in (metrics or {}).items()},
+                    "metrics": metrics,
                     "tree": tree,
                     "sharded": shapes,
                 },
             }
         )
         self._next_save_at = time.monotonic() + SPACING * blocking_s
-        if wait:
-            self.wait()
 
-    def _planned(self, state: Mapping[str, Any]) -> tuple[snapshot.TensorFile, Any, dict[str, dict[str, Any]]]:
-        """Return this rank's file, its tree spec, and the whole shapes of what is sharded."""
+    def _planned(
+        self, state: Mapping[str, Any], *, is_first: bool, holds_shard: bool
+    ) -> tuple[snapshot.TensorFile, Any, dict[str, dict[str, Any]]]:
+        """Return this rank's file, its tree spec, and the whole shapes of what is sharded.
+
+        The first rank of a checkpoint saves what all ranks share too.
+        """
         tensors, tree = tree_spec.flatten(state)
-        if not self.dist.is_main:
-            _, tree = tree_spec.flatten({key: value for key, value in state.items() if key not in SHARED_KEYS})
+        if not is_first:
+            _, tree = tree_spec.flatten({key: state[key] for key in OWN_KEYS if key in state})
         kept: dict[str, torch.Tensor] = {}
         shapes: dict[str, dict[str, Any]] = {}
         for name, tensor in tensors.items():
             if isinstance(tensor, DTensor):
                 shapes[name] = {"dtype": layout.DTYPES[tensor.dtype], "shape": list(tensor.shape)}
-                if self.is_first_replica:
+                if holds_shard:
                     kept[name] = tensor.to_local()
-            elif self.dist.is_main or name.split("/")[0] not in SHARED_KEYS:
+            elif is_first or name.split("/")[0] in OWN_KEYS:
                 kept[name] = tensor
-        return (
-            snapshot.TensorFile(sharded.PART_DATA, layout.lay_out(kept), kept),
-            tree,
-            shapes if self.dist.is_main else {},
-        )
+        return snapshot.TensorFile(sharded.PART_DATA, layout.lay_out(kept), kept), tree, shapes if is_first else {}
 
     def _commit_when_written(self, request: SaveRequest, name: str, number: int) -> None:
         """On the main rank: wait until every rank wrote its part, and commit."""
@@ -372,10 +357,12 @@ class ShardedCheckpointManager(CheckpointManager):
         if "kept" in reply:
             self._kept = reply["kept"]
         elif "part" in reply and request is not None:
+            self._part_is_done.set()
             self._receipts.give(self._saves, reply["part"])
             if not self.dist.is_main:  # its own part is on the disk; the main rank waits for all of them
                 super()._on_reply({"step": reply["written"]})
         elif "failed" in reply and request is not None:
+            self._part_is_done.set()
             self._receipts.give_failure(self._saves, reply["failed"])
             super()._on_reply(reply)
         else:
@@ -384,6 +371,7 @@ class ShardedCheckpointManager(CheckpointManager):
             super()._on_reply(reply)
 
     def _on_exit(self, writer: WriterProcess) -> None:
+        self._part_is_done.set()
         if self._request is not None and not self._request.done.is_set():
             self._receipts.give_failure(self._saves, writer.exit_report())
         super()._on_exit(writer)

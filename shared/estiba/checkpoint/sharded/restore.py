@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections import deque
@@ -17,7 +18,7 @@ from estiba.checkpoint import tree_spec
 from estiba.checkpoint.layout import DTYPES
 from estiba.checkpoint.sharded import format as sharded
 from estiba.checkpoint.sharded.format import Part, ShardedManifest, shard_rows
-from estiba.errors import CheckpointError
+from estiba.errors import CheckpointError, StoreError
 from estiba.storage import Store
 
 READS_IN_FLIGHT = 8
@@ -52,6 +53,28 @@ class _Copy:
 
 class MissingPart(CheckpointError):
     """A part that no store of this host has. It may be whole on another host's disk."""
+
+
+@dataclass
+class Trouble:
+    """Why a rank could not load a checkpoint."""
+
+    denied: str = ""
+    """It may be intact, and this rank cannot read it."""
+    problem: str = ""
+    missing: str = ""
+    """A part is not on this host."""
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        try:
+            yield
+        except MissingPart as error:
+            self.missing = str(error)
+        except CheckpointError as error:
+            self.problem = str(error)
+        except StoreError as error:
+            self.denied = str(error)
 
 
 class PartReader:

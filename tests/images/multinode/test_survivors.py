@@ -1,0 +1,122 @@
+"""Hosts of which one is lost: the others save what they hold, and a new attempt loses no step that lives on."""
+
+from __future__ import annotations
+
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from hosts import Hosts, run
+
+from estiba.checkpoint.sharded import format as sharded_format
+from estiba.storage import FileStore
+
+
+@pytest.fixture(scope="session")
+def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    """The losses of undisturbed runs, by their settings."""
+    return {}
+
+
+def undisturbed(losses: dict[str, list[float]], root: Path, arguments: list[str]) -> list[float]:
+    key = " ".join(arguments)
+    if key not in losses:
+        losses[key] = run(root / "undisturbed", 1, arguments).column("train_loss")
+    return losses[key]
+
+
+def saved_step(text: str) -> int:
+    return int(re.findall(r"this replica saved everything up to step (\d+)", text)[-1])
+
+
+def no_saves(arguments: list[str], steps: int = 60) -> list[str]:
+    """Many steps, and no save during them: what is saved, a survivor saved."""
+    return [*arguments, "--max-steps", str(steps), "--save-steps", "1000", "--eval-steps", "1000"]
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_replica_that_lives_on_saves_its_present_step_when_another_host_is_killed(
+    tmp_path: Path, losses: dict[str, list[float]], arguments: list[str], lost: int
+) -> None:
+    """Also when it is the main host that is lost, with the rows of metrics and the receipts of parts."""
+    words = no_saves(arguments)
+    expected = undisturbed(losses, tmp_path, words)
+    shared = [*words, "--replicas", "2", "--checkpoint-path", str(tmp_path / "shared")]
+    two = Hosts(tmp_path / "two", 2, shared)
+    two.wait_for("step=7 of")
+    two.signal(signal.SIGKILL, [lost])
+    codes = two.wait()
+    assert codes[1 - lost] == 75, two.logs()
+    assert "Traceback" not in two.log(1 - lost)
+    step = saved_step(two.failure(1 - lost))
+    assert step >= 7
+    manifest = sharded_format.read_manifest(FileStore(tmp_path / "shared"), f"step-{step:08d}")
+    assert [(part.rank, part.ranks, part.shard) for part in manifest.parts] == [(0, 1, 0)]
+    resumed = run(tmp_path / "one", 1, [*words, "--checkpoint-path", str(tmp_path / "shared")])
+    assert f"resuming at step {step} of 60" in resumed.log()
+    rows = {row["step"]: row["train_loss"] for row in resumed.rows() if "train_loss" in row}
+    assert sorted(rows) == list(range(1, 61))
+    others = [number for number in rows if number != step]  # the lost host took its part of that step's loss with it
+    assert max(abs(rows[number] - expected[number - 1]) for number in others) <= 1e-6
+
+
+def test_a_replica_over_two_hosts_saves_its_step_and_the_broken_one_saves_nothing(
+    tmp_path: Path, losses: dict[str, list[float]], arguments: list[str]
+) -> None:
+    """Four hosts, two replicas. The hosts of the whole one write a part each and agree without a collective."""
+    words = no_saves(arguments)
+    expected = undisturbed(losses, tmp_path, words)
+    shared = [*words, "--replicas", "2", "--checkpoint-path", str(tmp_path / "shared")]
+    four = Hosts(tmp_path / "four", 4, shared, environ={"ESTIBA_STOP_GRACE_S": "20"})
+    four.wait_for("step=5 of")
+    four.signal(signal.SIGKILL, [1])
+    assert four.wait()[2:] == [75, 75], four.logs()
+    step = saved_step(four.failure(2))
+    (name,) = sharded_format.committed(FileStore(tmp_path / "shared").list())
+    manifest = sharded_format.read_manifest(FileStore(tmp_path / "shared"), name)
+    assert [(part.rank, part.ranks, part.shard, part.step) for part in manifest.parts] == [
+        (0, 2, 0, step),
+        (1, 2, 1, step),
+    ]
+    resumed = run(tmp_path / "two", 2, [*words, "--checkpoint-path", str(tmp_path / "shared")])
+    assert f"resuming at step {step} of 60" in resumed.log()
+    assert max(abs(a - b) for a, b in zip(resumed.column("train_loss")[step:], expected[step:], strict=True)) <= 1e-6
+
+
+def test_a_replica_saves_its_step_while_its_main_thread_waits_for_a_frozen_host(
+    tmp_path: Path, losses: dict[str, list[float]], arguments: list[str]
+) -> None:
+    """No connection breaks, so only PID 1's agent knows; TERM is not heard inside a collective."""
+    words = no_saves(arguments)
+    shared = [*words, "--replicas", "2", "--checkpoint-path", str(tmp_path / "shared")]
+    two = Hosts(tmp_path, 2, shared, environ={"ESTIBA_HOST_LOST_S": "3"}, is_watched=True)
+    two.wait_for("step=6 of")
+    two.signal_all(signal.SIGSTOP, 1)
+    try:
+        assert two.processes[0].wait(60) == 75, two.logs()
+    finally:
+        two.signal_all(signal.SIGKILL, 1)
+        two.wait()
+    assert re.match(r"lost host 127\.0\.0\.2: no heartbeat for \d+ s\n\nthis replica saved", two.failure())
+    step = saved_step(two.failure())
+    assert step >= 6
+    assert sharded_format.committed(FileStore(tmp_path / "shared").list()) == [f"step-{step:08d}"]
+
+
+def test_without_a_second_replica_the_last_committed_checkpoint_counts_and_the_survivor_says_so(
+    tmp_path: Path, arguments: list[str]
+) -> None:
+    words = [*arguments, "--max-steps", "60", "--save-steps", "2", "--eval-steps", "1000"]
+    shared = [*words, "--checkpoint-path", str(tmp_path / "shared")]
+    two = Hosts(tmp_path, 2, shared, environ={"ESTIBA_HOST_LOST_S": "3"}, is_watched=True)
+    two.wait_for("step=6 of")
+    two.signal_all(signal.SIGSTOP, 1)
+    try:
+        assert two.processes[0].wait(60) == 75, two.logs()
+    finally:
+        two.signal_all(signal.SIGKILL, 1)
+        two.wait()
+    assert two.failure().startswith("lost host 127.0.0.2")
+    kept = int(re.findall(r"checkpoints up to step (\d+) are kept; a new one would lack", two.failure())[-1])
+    assert sharded_format.committed(FileStore(tmp_path / "shared").list())[0] == f"step-{kept:08d}"
