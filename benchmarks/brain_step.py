@@ -296,7 +296,7 @@ def our_step(case: Case) -> Callable[[Any], None]:
         with trainer.amp.forward():
             loss = task.loss(task.decoder, to_device(micro, case.device))
         (loss / len(micro.frames)).backward()
-        trainer._update()
+        trainer._update(trainer._clip())
 
     return step
 

@@ -136,7 +136,7 @@ def measure(options: argparse.Namespace, device: Any, index: str) -> dict[str, A
         with trainer.amp.forward():
             loss = task.loss(task.decoder, to_device(micro, device))
         (loss / len(micro.frames)).backward()
-        trainer._update()
+        trainer._update(trainer._clip())
 
     count = UNTIMED_STEPS + options.steps
     steps = range(1500, 1500 + count)

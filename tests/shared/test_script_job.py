@@ -317,6 +317,16 @@ def test_a_rank_that_ends_without_an_exception_fails_too(job: Hosts, text: str) 
     assert "rank 0 on localhost" in job.failure(ALONE)
 
 
+def test_what_a_rank_tells_sys_exit_is_the_reason(job: Hosts) -> None:
+    job.write("train.py", "import sys\nsys.exit('num_labels must be 2, got 3')\n")
+    job.write("x.sh", "python launcher.py 1 train.py | tee log.txt\n")
+    job.start("x.sh")
+    assert job.end() == [1], job.log(ALONE)
+    assert job.failure(ALONE).startswith("SystemExit: num_labels must be 2, got 3 (rank 0 on localhost"), job.failure(
+        ALONE
+    )
+
+
 def test_a_script_that_os_system_cannot_run_is_a_failure(job: Hosts) -> None:
     job.write("start.py", "import os\nos.system('bash ./no-such.sh')\n")
     job.start("start.py")

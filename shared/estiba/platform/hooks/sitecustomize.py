@@ -90,6 +90,8 @@ def _ended(code: int, error: BaseException | None) -> None:
             record["exception"] = "".join(traceback.format_exception_only(type(error), error)).strip()
             frames = traceback.extract_tb(error.__traceback__)
             record["place"] = f"{frames[-1].filename} line {frames[-1].lineno}" if frames else None
+        elif code and isinstance(_exit_code, str):  # sys.exit("what is wrong")
+            record["exception"] = f"SystemExit: {_exit_code}"
         if not is_rank and code:
             record |= {"ancestors": _ancestors(), "piped_into_tee": _is_piped_into_tee()}
         _ended_pid = os.getpid()
