@@ -36,6 +36,7 @@ echo "from $step"
 trap 'echo "term at $(cat "$me.step")"; exit 143' TERM
 write() { echo "$2" > "$1.new" && mv "$1.new" "$1"; }
 while [ "$step" -lt "${LAST:-30}" ]; do
+  until [ "$step" -lt "$(cat /tmp/gate 2>/dev/null || echo "${GATE:-1000}")" ]; do sleep 0.05; done
   step=$((step + 1))
   write "$me.pt" "weights of $me at $step"
   write shared "$step"
@@ -76,6 +77,16 @@ def wait_for(name: str, text: str, timeout_s: float = 60) -> None:
 
 def containers_of(name: str) -> list[Any]:
     return docker.from_env().containers.list(all=True, filters={"label": f"estiba.job={name}"})
+
+
+def open_gate(name: str, up_to_step: int = 1000) -> None:
+    """Let both hosts continue, which wait at step GATE so that they are not ahead of the test."""
+    until = time.monotonic() + 60
+    while len(running := [one for one in containers_of(name) if one.status == "running"]) < 2:
+        assert time.monotonic() < until, log_of(name)
+        time.sleep(0.05)
+    for container in running:
+        assert container.exec_run(["sh", "-c", f"echo {up_to_step} > /tmp/gate"]).exit_code == 0
 
 
 def kill_supervisor(name: str) -> None:
@@ -143,17 +154,18 @@ def test_two_hosts_that_lose_supervisor_and_machine_leave_the_undisturbed_bytes(
     environment = {"LAST": "30"}
     quiet = start(place, STEPS, CheckpointConfig={"S3Uri": undisturbed.uri}, Environment=environment, **TWO)
     assert jobs.wait(quiet, 90).status == "Completed", log_of(quiet)
+    environment["GATE"] = "6"
     name = start(place, STEPS, CheckpointConfig={"S3Uri": disturbed.uri}, Environment=environment, **TWO)
     wait_for(name, "step=4")
     disturbed.put(seed, "NOTES.txt")
-    for step in ("step=6", "step=10"):
-        wait_for(name, step)
+    for step in (6, 10):
+        wait_for(name, f"step={step}")
         kill_supervisor(name)
         assert jobs.status(name).is_orphaned
         # The containers go on; what they write and remove meanwhile is found by the next supervisor.
         folder = host_folder(name, "algo-2")
-        seen = (folder / "algo-2.step").read_text()
-        while (folder / "algo-2.step").read_text() == seen:
+        open_gate(name, step + 4)
+        while int((folder / "algo-2.step").read_text()) <= step:
             time.sleep(0.05)
         assert jobs.resume(name)
         assert "NOTES.txt" in disturbed.list()
@@ -169,6 +181,7 @@ def test_two_hosts_that_lose_supervisor_and_machine_leave_the_undisturbed_bytes(
     before = int(content(disturbed, place)["leader"])
     assert jobs.resume(name)
     wait_for(name, "attempt 2")
+    open_gate(name)
     assert int(content(disturbed, place)["leader"]) >= before
     value = jobs.wait(name, 90).to_json()
     assert value["TrainingJobStatus"] == "Completed", log_of(name)
@@ -186,7 +199,7 @@ def test_stop_after_the_supervisor_died_stops_and_starts_nothing(place):
             kept = {"CheckpointConfig": {"S3Uri": f"file://{place}/c-{kill.__name__}-{spot}"}}
             if not spot:
                 kept |= {"StoppingCondition": {"MaxRuntimeInSeconds": 200}}
-            name = start(place, STEPS, Environment={"LAST": "400"}, EnableManagedSpotTraining=spot, **kept, **TWO)
+            name = start(place, STEPS, Environment={"LAST": "999"}, EnableManagedSpotTraining=spot, **kept, **TWO)
             wait_for(name, "step=4")
             kill(name)
             jobs.stop(name)
@@ -201,7 +214,7 @@ def test_stop_after_the_supervisor_died_stops_and_starts_nothing(place):
 
 
 def test_containers_that_were_removed_leave_what_they_wrote(place):
-    name = start(place, STEPS, Environment={"LAST": "15"}, **TWO)
+    name = start(place, STEPS, Environment={"LAST": "15", "GATE": "8"}, **TWO)
     wait_for(name, "step=3")
     kill_supervisor(name)
     time.sleep(1)
@@ -209,6 +222,7 @@ def test_containers_that_were_removed_leave_what_they_wrote(place):
         container.remove(force=True)
     reached = int((host_folder(name, "algo-2") / "algo-2.step").read_text())
     assert jobs.resume(name)
+    open_gate(name)
     assert jobs.wait(name, 60).status == "Completed", log_of(name)
     starts = [int(line.split()[-1]) for line in log_of(name) if "[algo-2] from " in line]
     assert starts == [0, reached]
