@@ -383,21 +383,25 @@ def test_a_job_over_its_memory_limit_says_so(place):
 
 
 STEPS = """
-# One step at a time, the last one kept in the checkpoint directory; TERM saves and leaves.
+# One step at a time, the last one kept in the checkpoint directory; TERM saves and leaves. A first attempt gets no
+# further than step GATE: what a test does to it must not depend on who is faster.
 cd /opt/ml/checkpoints
 step=$(cat step 2>/dev/null || echo 0)
+[ $step = 0 ] || GATE=
 echo "from $step, output=$(ls /opt/ml/output/data | wc -l) model=$(ls /opt/ml/model | wc -l) tmp=$(ls /tmp | wc -l)"
 trap 'echo "term at $step"; echo $step > step; exit 143' TERM
 touch /tmp/mine /opt/ml/output/data/mine-$step /opt/ml/model/mine-$step
 while [ $step -lt ${LAST:-20} ]; do
+  while [ "$step" = "$GATE" ]; do sleep 0.1; done
   step=$((step + 1)); echo $step > step.new; mv step.new step; touch at-$step; rm -f at-$((step - 1))
   echo "step=$step"; sleep 0.2
 done
 """
+HELD: dict[str, Any] = {"Environment": {"GATE": "10"}}
 
 
 def test_an_interruption_goes_on_from_the_checkpoint_on_a_new_host(place):
-    name = place.start(STEPS)
+    name = place.start(STEPS, **HELD)
     place.wait_for(name, "step=4")
     jobs.interrupt(name, Fault(grace_s=5, capacity_wait_s=1.0))
     value = jobs.wait(name, 60).to_json()
@@ -421,7 +425,7 @@ def test_an_interruption_goes_on_from_the_checkpoint_on_a_new_host(place):
 
 
 def test_a_kill_without_notice_keeps_only_what_was_synced(place):
-    name = place.start(STEPS, options={"sync_every_s": 1.0, "stop_grace_s": 5})
+    name = place.start(STEPS, options={"sync_every_s": 1.0, "stop_grace_s": 5}, **HELD)
     place.wait_for(name, "step=8")
     jobs.interrupt(name, Fault(notice=False))
     value = jobs.wait(name, 60).to_json()
@@ -437,7 +441,7 @@ def test_a_kill_without_notice_keeps_only_what_was_synced(place):
 
 def test_without_spot_a_lost_host_is_the_end(place):
     changes = {"EnableManagedSpotTraining": False, "StoppingCondition": {"MaxRuntimeInSeconds": 60}}
-    name = place.start(STEPS, **changes)
+    name = place.start(STEPS, **HELD, **changes)
     place.wait_for(name, "step=2")
     jobs.interrupt(name, Fault(notice=False))
     value = jobs.wait(name, 60).to_json()
@@ -446,7 +450,7 @@ def test_without_spot_a_lost_host_is_the_end(place):
 
 
 def test_stop_is_term_and_keeps_the_model(place):
-    name = place.start(STEPS)
+    name = place.start(STEPS, **HELD)
     place.wait_for(name, "step=2")
     jobs.stop(name)
     value = jobs.wait(name, 30).to_json()
@@ -579,7 +583,7 @@ def test_a_supervisor_that_is_killed_leaves_a_job_that_says_so_and_can_be_taken_
 def test_a_machine_that_restarts_is_an_interruption_and_a_failure_meanwhile_is_a_failure(place):
     for script, outcomes in ((STEPS, ["HostLost", "Completed"]), (FAILS_LATE, ["Failed"])):
         changes = {"CheckpointConfig": {"S3Uri": f"file://{place.tmp}/c-{len(outcomes)}"}}
-        name = place.start(script, **changes)
+        name = place.start(script, **HELD, **changes)
         place.wait_for(name, "step=3")
         os.kill(int((state.job_dir(name) / control.LOCK).read_text()), signal.SIGKILL)
         container = running(name, 1)
@@ -721,7 +725,7 @@ def test_an_engine_that_goes_away_and_comes_back_costs_nothing(wire, place, monk
 
 def test_an_engine_that_takes_the_containers_with_it_is_an_interruption(wire, place, monkeypatch):
     monkeypatch.setenv("DOCKER_HOST", f"unix://{wire.path}")
-    name = place.start(STEPS)
+    name = place.start(STEPS, **HELD)
     monkeypatch.delenv("DOCKER_HOST")
     place.wait_for(name, "step=5")
     wire.cut()
@@ -743,7 +747,7 @@ def test_a_host_error_is_retried_as_often_as_the_retry_strategy_says(wire, place
         "StoppingCondition": {"MaxRuntimeInSeconds": 60},
         "RetryStrategy": {"MaximumRetryAttempts": 1},
     }
-    name = place.start(STEPS, Environment={"LAST": "30"}, **changes)
+    name = place.start(STEPS, Environment={"LAST": "1000"}, **changes)
     monkeypatch.delenv("DOCKER_HOST")
     for attempt in (1, 2):
         container = running(name, attempt)
@@ -898,7 +902,7 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_stop_it(place):
 
 
 def test_interrupt_and_logs_work_from_another_process(place):
-    process = estiba("run", write_job(place, STEPS), "--yes", "--detach", "--sync-every-s", "0.2")
+    process = estiba("run", write_job(place, STEPS, **HELD), "--yes", "--detach", "--sync-every-s", "0.2")
     out, _ = process.communicate(timeout=60)
     name = out.strip()
     place.wait_for(name, "step=3")
