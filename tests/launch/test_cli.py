@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 from pathlib import Path
 
@@ -92,6 +93,19 @@ def test_run_refuses_a_missing_input_as_plan_does(monkeypatch):
     result = call("run", EMBED, "--yes")
     assert result.exit_code == 2
     assert "channel dataset: nothing at file://runs/demo/input" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["OUTPUT_URI", "CHECKPOINT_URI"])
+@pytest.mark.parametrize("command", [("plan",), ("run", "--yes")])
+@pytest.mark.parametrize("place", ["{0}/file/deep/er", "/proc/self/here", "{0}/" + "n" * 300])
+def test_results_that_could_not_be_stored_are_refused_before_hours_of_work(place, command, name, demo_data, tmp_path):
+    (tmp_path / "file").write_text("")
+    verb, *flags = command
+    result = call(verb, EMBED, "--target", "local", "--set", f"{name}=file://{place.format(tmp_path)}", *flags)
+    assert result.exit_code in (1, 2)
+    field = "OutputDataConfig.S3OutputPath" if name == "OUTPUT_URI" else "CheckpointConfig.S3Uri"
+    assert f"{field}: file://" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "state").exists()
 
 
 def test_an_input_that_cannot_be_read_is_named(demo_data, monkeypatch):
@@ -219,6 +233,33 @@ def test_invalid_input_exits_2_with_a_message_and_no_traceback(words):
     assert result.exit_code == 2
     assert result.stderr.strip()
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("run", EMBED, "--max-cost", "nan"),
+        ("run", EMBED, "--max-cost", "inf"),
+        ("run", EMBED, "--max-cost", "-1"),
+        ("launch", "--image", "i:1", "--no-spot", "--max-cost", "nan"),
+        ("run", EMBED, "--usd-per-h", "inf"),
+        ("run", EMBED, "--sync-every-s", "inf"),
+        ("interrupt", "--capacity-wait-s", "inf"),
+        ("drill", EMBED, "--log-interval-s", "inf"),
+    ],
+)
+def test_a_limit_that_is_no_finite_amount_is_refused_and_nothing_starts(words, demo_data, monkeypatch):
+    monkeypatch.setattr(operations, "start", lambda *_: pytest.fail("started"))
+    result = call(*words)
+    assert result.exit_code == 2
+    assert words[-2] in result.stderr
+
+
+def test_a_job_in_a_pipe_is_refused_since_it_is_read_more_than_once(tmp_path):
+    os.mkfifo(tmp_path / "job.yaml")
+    result = call("plan", str(tmp_path / "job.yaml"), "--set", "MODEL=x")
+    assert result.exit_code == 2
+    assert "a pipe or device; write the job to a file" in result.stderr
 
 
 def test_prices_prints_a_table_or_json():

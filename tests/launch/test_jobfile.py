@@ -341,7 +341,7 @@ def test_the_requests_environment_overrides_the_env_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text", ["loca", "ssh://", "ssh://-oProxyCommand=x", "ssh://a:b@host", "ssh://u@h:port", "http://h"]
+    "text", ["loca", "ssh://", "ssh://-oProxyCommand=x", "ssh://a:b@host", "ssh://u@h:port", "ssh://u@h:0", "http://h"]
 )
 def test_an_invalid_target_is_refused(text):
     with pytest.raises(LaunchError, match="--target"):

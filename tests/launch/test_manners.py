@@ -46,7 +46,7 @@ def test_a_signal_while_the_command_is_loaded_ends_it_with_4_and_no_traceback(tm
     assert process.stdout is not None
     assert process.stdout.readline() == "loading\n"
     process.send_signal(signum)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate()
     assert (process.returncode, err) == (4, "")
 
 
@@ -87,35 +87,37 @@ def test_a_second_signal_ends_a_command_at_once_and_with_4_too(where, signum):
     assert process.stdout.readline() == "ending\n"
     # A thread holds up the exit.
     process.send_signal(signum)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate()
     assert (process.returncode, err) == (4, "")
 
 
 def test_a_background_job_that_ignores_ctrl_c_still_ignores_it(tmp_path):
     (tmp_path / "typer.py").write_text("import signal\nprint(signal.getsignal(signal.SIGINT).name)\nraise SystemExit\n")
     process = estiba("status", first=tmp_path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate()
     assert out == "SIG_IGN\n"
 
 
 def test_a_log_is_shown_on_a_terminal_that_knows_only_ascii(job):
     process = estiba("logs", environ={"PYTHONIOENCODING": "ascii"})
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate()
     assert (process.returncode, err) == (0, "")
     assert out.startswith("--- a\\xf1o \\xfcnd 1 \\xb7 2 ---\nl\\xednea\n")
 
 
 def test_json_on_a_terminal_that_knows_only_ascii_is_still_json(job):
     process = estiba("status", "--json", environ={"PYTHONIOENCODING": "ascii"})
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate()
     assert json.loads(out)["FailureReason"] == "se acabó"
 
 
-@pytest.mark.parametrize("words", [("logs",), ("logs", "-f"), ("status",), ("list",), ("status", "--json")])
+@pytest.mark.parametrize(
+    "words", [("logs",), ("logs", "-f"), ("status",), ("list",), ("status", "--json"), ("--help",), ("run", "--help")]
+)
 def test_a_full_device_is_one_line_and_not_a_traceback(job, words):
     with open("/dev/full", "w") as full:
         process = estiba(*words, stdout=full)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate()
     assert process.returncode == 1
     assert err == "estiba: cannot write (No space left on device); free some space, or send the output elsewhere\n"
 
@@ -123,7 +125,7 @@ def test_a_full_device_is_one_line_and_not_a_traceback(job, words):
 def test_a_full_stderr_does_not_end_a_command(job):
     with open("/dev/full", "w") as full:
         process = estiba("resume", stderr=full)
-        process.communicate(timeout=30)
+        process.communicate()
     assert process.returncode == 0
 
 

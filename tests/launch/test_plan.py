@@ -237,6 +237,19 @@ def test_a_budget_is_compared_with_the_ceiling():
         refuse_over(cost, 0.73)
 
 
+@pytest.mark.parametrize("limit", [float("nan"), float("inf"), -1.0])
+def test_a_budget_that_is_no_amount_is_refused(limit):
+    with pytest.raises(LaunchError, match=r"--max-cost (nan|inf|-1\.0): not an amount"):
+        refuse_over(estimate(embed("sagemaker"), prices.load(), today=DAY), limit)
+
+
+@pytest.mark.parametrize("name", ["usd_per_h", "sync_every_s", "stop_grace_s", "capacity_wait_s"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1])
+def test_options_from_python_are_finite_amounts(name, value):
+    with pytest.raises(LaunchError, match=f"{name} {value}: must be"):
+        SubmitOptions(**{name: value})
+
+
 def aws_job(good: dict, **resources: object) -> jobfile.JobFile:
     good["EnableManagedSpotTraining"] = False
     good["StoppingCondition"].pop("MaxWaitTimeInSeconds", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from estiba_launch.request.secrets import secret_name
+from estiba_launch.request.secrets import secret_name, secret_value
 
 # Put together at run time: a scanner that reads this file must find nothing.
 AWS_KEY = "AKIA" + "IOSFODNN7" + "EXAMPLE"
@@ -35,6 +35,12 @@ def test_a_secret_that_also_breaks_a_limit_is_still_not_printed(good, problems_o
     good["Environment"]["WANDB_API_KEY"] = "0123456789abcdef" * 40
     assert all("0123456789abcdef" not in str(problem) for problem in problems_of(good))
     assert [problem.field for problem in problems_of(good)] == ["Environment.WANDB_API_KEY"]
+
+
+@pytest.mark.parametrize("value", ["9", "a.", "-eyJ0", "ghp_"])
+def test_a_very_long_value_is_searched_in_no_time(value):
+    # Quadratic patterns took minutes; this test's own time limit would end it.
+    assert secret_value(value * (1 << 20)) is None
 
 
 def test_secrets_in_tags_arguments_and_addresses_are_found(good, problems_of):

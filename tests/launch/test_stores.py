@@ -9,9 +9,10 @@ from typing import Any
 
 import boto3
 import pytest
+from botocore import exceptions
 from moto import mock_aws
 
-from estiba_launch.errors import HostError
+from estiba_launch.errors import AwsUnavailable, HostError
 from estiba_launch.jobs import artifacts, inputs, logs
 from estiba_launch.jobs.logs import (
     LINE_BYTES,
@@ -66,6 +67,28 @@ def test_an_unreachable_bucket_is_named_with_a_remedy(monkeypatch, tmp_path):
     monkeypatch.setattr("time.sleep", lambda _: None)
     with pytest.raises(HostError, match=r"s3://bucket/x: .*AWS_ENDPOINT_URL"):
         open_store("s3://bucket/x").list()
+
+
+@pytest.mark.parametrize("kind", ["ReadTimeoutError", "ConnectTimeoutError", "SSLError", "ProxyConnectionError"])
+@pytest.mark.parametrize("verb", ["list", "head", "get", "put", "delete"])
+def test_a_network_that_fails_is_neither_the_disks_fault_nor_the_objects(kind, verb, tmp_path):
+    class Client:
+        def __getattr__(self, _: str) -> Any:
+            raise getattr(exceptions, kind)(endpoint_url="http://s3", proxy_url="http://proxy", error="cut")
+
+    store = S3Store("s3://bucket/x")
+    store.client = Client()
+    (tmp_path / "file").write_text("a")
+    calls = {
+        "list": store.list,
+        "head": lambda: store.head("k"),
+        "get": lambda: store.get("k", tmp_path / "new"),
+        "put": lambda: store.put(tmp_path / "file", "k"),
+        "delete": lambda: store.delete("k"),
+    }
+    # Only this error is waited out, for minutes; a KeyRefused is given up after seconds.
+    with pytest.raises(AwsUnavailable, match=r"check the address, the login and AWS_ENDPOINT_URL"):
+        calls[verb]()
 
 
 def source(uri: str, **changes: object) -> ChannelSource:

@@ -315,6 +315,12 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
         "StoppingCondition.MaxRuntimeInSeconds",
         {**SPOT_OFF, "StoppingCondition": {"MaxRuntimeInSeconds": 29 * 86400}},
     ),
+    "run of 5,000 digits": (
+        "StoppingCondition.MaxRuntimeInSeconds",
+        {**SPOT_OFF, "StoppingCondition": {"MaxRuntimeInSeconds": "9" * 5000}},
+    ),
+    "text that is not Unicode": ("HyperParameters.a", {"HyperParameters": {"a": "caf\udce9"}}),
+    "name that is not Unicode": ("HyperParameters.caf\udce9", {"HyperParameters": {"caf\udce9": "1"}}),
     "run of no time": ("StoppingCondition.MaxRuntimeInSeconds", {"StoppingCondition.MaxRuntimeInSeconds": 0}),
     "wait without spot": ("StoppingCondition.MaxWaitTimeInSeconds", {"EnableManagedSpotTraining": False}),
     "spot without a wait": (

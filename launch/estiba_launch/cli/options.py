@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import inspect
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from typer import Argument, Option
 from estiba_launch.cli import process
 from estiba_launch.errors import EXIT_INTERRUPTED, EXIT_JOB_FAILED, LaunchError, did_you_mean
 from estiba_launch.jobs.options import SubmitOptions
-from estiba_launch.request import prices
+from estiba_launch.request import jobfile, prices
 from estiba_launch.request.jobfile import JobFile
 from estiba_launch.request.options import HostOptions, read_options
 from estiba_launch.request.variables import parse_settings
@@ -83,7 +84,9 @@ class RunFlags:
     target: Target = "local"
     yes: Annotated[bool, Option("--yes", "-y", help="Start without asking.")] = False
     detach: Annotated[bool, Option("--detach", "-d", help="Return once the job has started.")] = False
-    max_cost: Annotated[float | None, Option(metavar="USD", help="Refuse (exit 3) a job that may cost more.")] = None
+    max_cost: Annotated[
+        float | None, Option(min=0, metavar="USD", help="Refuse (exit 3) a job that may cost more.")
+    ] = None
     fallback: Annotated[str | None, Option(metavar="local", help="Run here if AWS is unreachable or refuses.")] = None
     copy_inputs: Annotated[
         bool, Option("--copy-inputs", help="Copy File channels for each host instead of mounting them read-only.")
@@ -105,10 +108,7 @@ class RunFlags:
 def settings_for(job: Path, assignments: list[str] | None) -> dict[str, str]:
     """The values of --set. Warns about a name that the job file does not use. Raises LaunchError."""
     values = parse_settings(assignments)
-    try:
-        used = set(re.findall(r"\$\{(\w+)", job.read_text("utf-8")))
-    except (OSError, UnicodeDecodeError):
-        return values  # jobfile.load reports it.
+    used = set(re.findall(r"\$\{(\w+)", jobfile.read_text(job)))
     for name in values.keys() - used:
         hint = did_you_mean(name, used, f"it uses {', '.join(sorted(used)) or 'no variables'}")
         say(f"warning: --set {name}: {job} does not use ${{{name}}}; {hint}")
@@ -131,6 +131,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     def wrapped(**values: Any) -> None:
         try:
             with process.graceful_interrupt():
+                _refuse_endless(values)
                 for one in parameters:
                     if one.name in groups:
                         group = {option.name: values.pop(option.name) for option in groups[one.name]}
@@ -147,16 +148,20 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             drop_stdout()
             raise typer.Exit(0) from None
         except OSError as error:
-            if error.errno not in DEVICE_ERRORS:
-                raise
-            drop_stdout()
-            say(f"estiba: cannot write ({error.strerror}); free some space, or send the output elsewhere")
+            say_cannot_write(error)
             raise typer.Exit(EXIT_JOB_FAILED) from None
 
     wrapped.__name__, wrapped.__doc__ = function.__name__, function.__doc__
     wrapped.__annotations__ = {option.name: option.annotation for option in options}
     wrapped.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
     return wrapped
+
+
+def _refuse_endless(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        # A limit of NaN would never be reached, since every comparison with it is false.
+        if isinstance(value, float) and not math.isfinite(value):
+            raise LaunchError(f"--{name.replace('_', '-')} {value}: not a finite number; write for example 1.5")
 
 
 def _fields(group: Any) -> list[inspect.Parameter]:
@@ -183,6 +188,14 @@ def show(value: Any) -> None:
     """Print data on stdout: text unchanged, anything else as JSON."""
     ascii_only = getattr(sys.stdout, "encoding", None) not in (None, "utf-8")
     print(value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=ascii_only), flush=True)
+
+
+def say_cannot_write(error: OSError) -> None:
+    """Say that stdout's device is full or broken. Raises any other error again."""
+    if error.errno not in DEVICE_ERRORS:
+        raise error
+    drop_stdout()
+    say(f"estiba: cannot write ({error.strerror}); free some space, or send the output elsewhere")
 
 
 def drop_stdout() -> None:

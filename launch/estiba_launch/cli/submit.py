@@ -156,6 +156,8 @@ def start_and_follow(
             lambda address: _start(load(address), start, host, cost, show_plan), start.target, start.fallback, opt.say
         )
     except AwsUnavailable as error:
+        if not registry.parse(start.target).on_aws:
+            raise
         raise AwsUnavailable(f"{error}\n  the same job on this machine: {local_command}") from None
     if start.detach:
         print(name)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from estiba_launch.errors import HostError
+from estiba_launch.errors import HostError, LaunchError
 from estiba_launch.jobs.archive import unpack
 from estiba_launch.jobs.keys import paths_below
 from estiba_launch.jobs.links import Found, InContainer, follow
 from estiba_launch.jobs.s3 import disk_errors
 from estiba_launch.jobs.store import open_store
+from estiba_launch.request.contract import file_path
 
 GZIP_LEVEL = 3
 """Vectors and weights hardly compress. A higher level only takes longer."""
@@ -51,6 +53,26 @@ def location(request: Mapping[str, Any], what: str) -> str:
     if config.get("CompressionType") == "NONE":
         return f"{base}/{'model' if what == 'model' else 'data'}"
     return f"{base}/{what}.tar.gz"
+
+
+def refuse_unwritable(request: Mapping[str, Any]) -> None:
+    """Raise LaunchError when a folder of this machine cannot take the results or checkpoints of a job."""
+    addresses = {
+        "OutputDataConfig.S3OutputPath": request["OutputDataConfig"]["S3OutputPath"],
+        "CheckpointConfig.S3Uri": request.get("CheckpointConfig", {}).get("S3Uri", ""),
+    }
+    for field, uri in addresses.items():
+        if not uri.startswith("file://"):
+            continue
+        path = file_path(uri)
+        with disk_errors(f"{field}: {uri}"):
+            there = next(one for one in (path, *path.parents) if one.exists())
+        if not there.is_dir():
+            raise LaunchError(f"{field}: {uri}: {there} is a file; give a folder")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise LaunchError(
+                f"{field}: {uri}: {there} cannot be written; correct its permissions or give another folder"
+            )
 
 
 def upload(

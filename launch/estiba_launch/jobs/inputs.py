@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from estiba_launch.errors import EXIT_INVALID, HostError, LaunchError
+from estiba_launch.jobs.artifacts import refuse_unwritable
 from estiba_launch.jobs.keys import paths_below
 from estiba_launch.jobs.links import Found, follow
 from estiba_launch.jobs.s3 import S3Store, disk_errors
@@ -23,7 +24,11 @@ class BrokenLinks(HostError):
 
 
 def local_problems(request: Mapping[str, Any]) -> Iterator[LaunchError]:
-    """What is wrong with the channels whose data is on this machine."""
+    """What is wrong with the channels and the results' folders that are on this machine."""
+    try:
+        refuse_unwritable(request)
+    except LaunchError as error:
+        yield error
     for channel in channels(request):
         if channel.uri.startswith("file://"):
             try:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from estiba_launch.errors import LaunchError
 from estiba_launch.jobs.directory import read_json, write_json
 from estiba_launch.request.options import HostOptions
 
@@ -33,6 +35,13 @@ class SubmitOptions:
     """Keep the directories of finished hosts."""
     environment: dict[str, str] = field(default_factory=dict)
     """Extra environment of containers; the request's own wins. A drill sets variables here without changing the job."""
+
+    def __post_init__(self) -> None:
+        """Raise LaunchError for a number out of range."""
+        for name, least in (("usd_per_h", 0.0), ("sync_every_s", 0.05), ("stop_grace_s", 0), ("capacity_wait_s", 0.0)):
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:
+                raise LaunchError(f"{name} {value}: must be {least:g} or more, and finite")
 
     def write(self, job_dir: Path) -> None:
         write_json(job_dir / OPTIONS, asdict(self))

@@ -57,12 +57,15 @@ def aws_errors() -> tuple[type[Exception], ...]:
 
 @contextmanager
 def s3_errors(what: str) -> Iterator[None]:
+    # botocore's timeouts are OSErrors too, so they are caught before the disk's.
     try:
-        with disk_errors(what):
-            yield
+        yield
     except aws_errors() as error:
         kind = KeyRefused if _is_about_the_key(error) else AwsUnavailable
         raise kind(f"{what}: {error}; check the address, the login and AWS_ENDPOINT_URL") from error
+    except OSError:
+        with disk_errors(what):
+            raise
 
 
 def _is_about_the_key(error: Exception) -> bool:
@@ -164,10 +167,12 @@ class S3Store:
         extra = {} if modified_ns is None else {"ExtraArgs": {"Metadata": {MODIFIED: str(modified_ns)}}}
         what = f"s3://{self.bucket}/{shown(self.key(key))}"
         with s3_errors(what), _key_errors(key):
-            # An OSError here is the file's: those of the network are botocore's own.
             try:
                 self.client.upload_file(str(path), self.bucket, self.key(key), **extra)
+            except aws_errors():
+                raise
             except OSError as error:
+                # The file's own: botocore's timeouts, which are OSErrors too, say nothing about it.
                 raise KeyRefused(f"{path}: {error.strerror or error}") from error
 
     def delete(self, key: str) -> None:

@@ -164,6 +164,8 @@ def refuse_over(cost: Estimate, max_cost_usd: float | None) -> None:
     """Raise BudgetError if the job may cost more than `max_cost_usd`, LaunchError if its price is unknown."""
     if max_cost_usd is None:
         return
+    if not 0 <= max_cost_usd < math.inf:
+        raise LaunchError(f"--max-cost {max_cost_usd}: not an amount in USD; write for example 12.5")
     if cost.usd_per_h is None:
         unknown = [one.name for one, _ in cost.hosts if one.usd_per_h is None] or [str(cost.job.target)]
         raise LaunchError(f"--max-cost: the price of {', '.join(unknown)} is unknown; pass --usd-per-h")

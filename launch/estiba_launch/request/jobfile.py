@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import os
 import re
+import stat as modes
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -195,17 +196,25 @@ def with_data_types(request: dict[str, Any]) -> tuple[dict[str, Any], list[str]]
     return request, notes
 
 
-def read_tree(path: Path) -> dict[str, Any]:
-    """The YAML in `path`, before its variables are filled in. Raises LaunchError if it is not a mapping."""
+def read_text(path: Path) -> str:
+    """The text of a job file. Raises LaunchError if it cannot be read."""
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise LaunchError(f"{path}: {path.stat().st_size} bytes, at most {MAX_FILE_BYTES}; is this the job file?")
-        text = path.read_text("utf-8")
+        stat = path.stat()
+        # It is read more than once, so a pipe would be empty the second time, and a device never ends.
+        if not modes.S_ISREG(stat.st_mode) and not modes.S_ISDIR(stat.st_mode):
+            raise LaunchError(f"{path}: a pipe or device; write the job to a file and pass its path")
+        if stat.st_size > MAX_FILE_BYTES:
+            raise LaunchError(f"{path}: {stat.st_size} bytes, at most {MAX_FILE_BYTES}; is this the job file?")
+        return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise LaunchError(f"{path}: cannot be read ({reason}); pass the path of a job.yaml") from None
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The YAML in `path`, before its variables are filled in. Raises LaunchError if it is not a mapping."""
     try:
-        tree = yaml.load(text, _TextLoader)
+        tree = yaml.load(read_text(path), _TextLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import datetime
 import json
+import math
 import re
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
@@ -62,8 +63,8 @@ class Prices:
             for name, entry in table["instances"].items():
                 date = datetime.date.fromisoformat(entry.get("date") or table.get("date"))
                 usd_per_h = float(entry["usd_per_h"])
-                if usd_per_h < 0:
-                    raise ValueError("negative price")
+                if not 0 <= usd_per_h < math.inf:
+                    raise ValueError(f"price of {usd_per_h}")
                 # A note belongs to the price that it came with, so a newer price drops it.
                 values = {"note": None, **entry, "date": date, "usd_per_h": usd_per_h}
                 old = self.instances.get(name)

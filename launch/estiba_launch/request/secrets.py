@@ -19,6 +19,7 @@ VALUE_PATTERNS: dict[str, re.Pattern[str]] = {
     "a signed token (JWT)": re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"),
     "a password in a URL": re.compile(r"\b[a-z][a-z0-9+.-]*://[^/\s:@]*:[^/\s@]+@"),
 }
+MAX_VALUE_CHARS = 4096
 ENDINGS = {"password", "passwd", "passphrase", "pwd", "secret", "secrets", "credential", "credentials"}
 KEY_KINDS = {"api", "access", "secret", "private", "auth", "encryption", "signing", "account"}
 TOKEN_KINDS = set(
@@ -48,7 +49,9 @@ def secret_name(name: str) -> bool:
 
 def secret_value(value: str) -> str | None:
     """The kind of secret in `value`, or None."""
-    return next((what for what, pattern in VALUE_PATTERNS.items() if pattern.search(value)), None)
+    # The API refuses longer values, of which a problem shows less; some patterns take quadratic time.
+    text = value[:MAX_VALUE_CHARS]
+    return next((what for what, pattern in VALUE_PATTERNS.items() if pattern.search(text)), None)
 
 
 def find(request: dict[str, Any]) -> list[Problem]:

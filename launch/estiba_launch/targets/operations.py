@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from estiba_launch.errors import AwsUnavailable, HostError, LaunchError
-from estiba_launch.jobs import directory
+from estiba_launch.jobs import artifacts, directory
 from estiba_launch.jobs.control import Fault
 from estiba_launch.jobs.options import SubmitOptions
 from estiba_launch.jobs.record import keep_status
@@ -41,6 +41,7 @@ def start(submission: Submission, report: Report = lambda _: None) -> None:
     """Start a job. Raises LaunchError when it cannot be started, or its name is taken."""
     target = target_of(submission.target)
     directory.refuse_known(submission.name)
+    artifacts.refuse_unwritable(submission.request)
     for upload in submission.job.uploads:
         send(upload, report)
     target.submit(submission, report=report)
@@ -203,10 +204,10 @@ def download(name: str, into: Path) -> Artifacts:
         raise LaunchError(
             f"{name}: still {found.secondary_status}; wait for it (`estiba logs -f {name}`) or stop it first"
         )
-    artifacts = target_of_job(name).download(name, into)
-    if not artifacts:
+    fetched = target_of_job(name).download(name, into)
+    if not fetched:
         raise LaunchError(f"{name}: left nothing ({found.reason or found.status})")
-    return artifacts
+    return fetched
 
 
 def cost(name: str, prices: Prices, region: str | None = None) -> Cost:

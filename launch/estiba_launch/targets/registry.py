@@ -43,7 +43,7 @@ def parse(text: str) -> TargetAddress:
         return TargetAddress(text, runs_here=entry.runs_here, on_aws=entry.on_aws)
     try:
         parts = urlsplit(text)
-        port = parts.port or 22
+        port = 22 if parts.port is None else parts.port
     except ValueError:
         parts, port = urlsplit(""), 0
     entry = TARGETS.get(parts.scheme)
@@ -51,7 +51,7 @@ def parse(text: str) -> TargetAddress:
     # User and host reach a shell: `ssh -oProxyCommand=...` must not pass as a host name.
     good_host = re.fullmatch(rf"{name}|[0-9a-fA-F:]+", parts.hostname or "")
     good_user = parts.username is None or re.fullmatch(name, parts.username)
-    plain = not parts.password and not parts.path.strip("/")
+    plain = not parts.password and not parts.path.strip("/") and port > 0
     if not entry or not entry.has_host or not good_host or not good_user or not plain:
         raise LaunchError(f"--target {text!r}: unknown; use {forms()}")
     return TargetAddress(parts.scheme, parts.username, parts.hostname, port, on_aws=entry.on_aws)

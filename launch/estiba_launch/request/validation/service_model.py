@@ -18,6 +18,8 @@ from botocore.session import Session
 
 from estiba_launch.errors import Problem, did_you_mean
 
+MAX_DIGITS = 100
+"""Python converts no number of thousands of digits."""
 BOOLEANS = {"true": True, "false": False}
 URI_SHAPE = "S3Uri"
 UNICODE_CLASSES = {r"\p{Alnum}": "a-zA-Z0-9", r"\p{L}": r"\w", r"\p{N}": r"\d", r"\p{Z}": r"\s", r"\p{M}": ""}
@@ -110,7 +112,7 @@ class Walk:
                 self._wrong_type(path, value, "true or false")
             return flag
         assert kind in ("integer", "long"), f"{path}: unexpected type {kind} in the service model"
-        if isinstance(value, bool | float) or not re.fullmatch(r"[+-]?\d+", str(value)):
+        if isinstance(value, bool | float) or not re.fullmatch(rf"[+-]?\d{{1,{MAX_DIGITS}}}", str(value)):
             self._wrong_type(path, value, "a whole number")
             return None
         number = int(value)
@@ -122,6 +124,9 @@ class Walk:
         return number
 
     def _text(self, text: str, shape: Shape, path: str, what: str) -> None:
+        if not text.isascii() and any("\ud800" <= one <= "\udfff" for one in text):
+            self._problem(path, text, f"the {what} is not Unicode text", "write it as UTF-8")
+            return
         self._size(len(text), shape, path, f"characters in the {what}", text)
         if isinstance(shape, StringShape) and shape.enum:
             if text not in shape.enum:
@@ -134,7 +139,8 @@ class Walk:
         if not pattern or compiled(pattern).fullmatch(text):
             return
         if shape.name != URI_SHAPE:
-            self._problem(path, text, f"the {what} must match {pattern}", "use only what the pattern allows")
+            one_line = " in one line" if "\n" in text and compiled(pattern).fullmatch(text.replace("\n", "")) else ""
+            self._problem(path, text, f"the {what} must match {pattern}{one_line}", "use only what the pattern allows")
         elif text.startswith("file://"):
             self._problem(path, text, "file:// is for --target local and ssh", "upload it and use its s3:// address")
         else:
