@@ -11,13 +11,13 @@ from estiba_launch.errors import EXIT_JOB_FAILED
 def main() -> None:
     process.start()
     from estiba_launch.cli.app import app
-    from estiba_launch.cli.options import say_cannot_write
+    from estiba_launch.cli.options import say_os_error
 
     try:
         app()
     except OSError as error:
         # Of a command's output its own wrapper says so; this is for --help.
-        say_cannot_write(error)
+        say_os_error(error)
         sys.exit(EXIT_JOB_FAILED)
 
 

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from estiba_launch.cli import render
 from estiba_launch.cli.app import app
-from estiba_launch.errors import AwsUnavailable
+from estiba_launch.errors import AwsUnavailable, HostError
+from estiba_launch.jobs import artifacts
 from estiba_launch.jobs.status import JobStatus
 from estiba_launch.request import jobfile
 from estiba_launch.targets import operations, registry
@@ -260,6 +261,28 @@ def test_a_job_in_a_pipe_is_refused_since_it_is_read_more_than_once(tmp_path):
     result = call("plan", str(tmp_path / "job.yaml"), "--set", "MODEL=x")
     assert result.exit_code == 2
     assert "a pipe or device; write the job to a file" in result.stderr
+
+
+@pytest.mark.parametrize("words", [("list",), ("status", "--json"), ("resume",)])
+def test_a_file_that_cannot_be_used_is_named_without_a_traceback(words, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "/state/jobs/a/request.json")
+
+    monkeypatch.setattr("estiba_launch.jobs.directory.job_names", refuse)
+    result = call(*words)
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "estiba: /state/jobs/a/request.json: Permission denied; correct the path, its permissions or the space there\n"
+    )
+
+
+@pytest.mark.parametrize("place", ["file", "file/deeper", "n" * 300])
+def test_results_are_fetched_into_a_folder_and_what_is_none_is_named(place, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/model.tar.gz").write_bytes(b"")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(HostError, match="make room or correct the permissions"):
+        artifacts.download(f"file://{tmp_path}/out/model.tar.gz", tmp_path / place / "model")
 
 
 def test_prices_prints_a_table_or_json():

@@ -148,7 +148,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             drop_stdout()
             raise typer.Exit(0) from None
         except OSError as error:
-            say_cannot_write(error)
+            say_os_error(error)
             raise typer.Exit(EXIT_JOB_FAILED) from None
 
     wrapped.__name__, wrapped.__doc__ = function.__name__, function.__doc__
@@ -190,8 +190,12 @@ def show(value: Any) -> None:
     print(value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=ascii_only), flush=True)
 
 
-def say_cannot_write(error: OSError) -> None:
-    """Say that stdout's device is full or broken. Raises any other error again."""
+def say_os_error(error: OSError) -> None:
+    """Say which file cannot be used, or that stdout's device is full or broken. Raises any other error again."""
+    if error.filename is not None:
+        # Such as `estiba fetch --into` a read-only folder.
+        say(f"estiba: {error.filename}: {error.strerror}; correct the path, its permissions or the space there")
+        return
     if error.errno not in DEVICE_ERRORS:
         raise error
     drop_stdout()

@@ -173,7 +173,8 @@ def start_and_follow(
         raise typer.Exit(EXIT_INTERRUPTED) from None
     status = operations.wait(name)
     opt.say(summary(status))
-    opt.say(next_commands(name, "fetch", "status", "cost"))
+    verbs = ["fetch"] if status.model_uri or status.output_uri else ["logs"]
+    opt.say(next_commands(name, *verbs, "status", "cost"))
     raise typer.Exit(EXIT_CODES[status.status])
 
 

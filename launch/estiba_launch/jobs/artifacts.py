@@ -131,7 +131,8 @@ def download(address: str, into: Path) -> int | None:
     store = open_store(parent)
     if name not in store.list():
         return None
-    into.mkdir(parents=True, exist_ok=True)
+    with disk_errors(str(into)):
+        into.mkdir(parents=True, exist_ok=True)
     archive = into / f".{name}"
     try:
         store.get(name, archive)
