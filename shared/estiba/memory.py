@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
-VERSIONS = (
-    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
-)
-"""Files of cgroup versions 2 and 1: limit, usage, statistics, and the name in them of the page cache."""
+OWN_CGROUP = Path("/proc/self/cgroup")
+VERSIONS = {
+    "": ("", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""Of cgroup versions 2 and 1, by the controllers in OWN_CGROUP: the folder in CGROUP, the files of limit and usage, and
+the name of the page cache in memory.stat."""
 
 
 def available_memory_bytes() -> int | None:
@@ -32,8 +34,23 @@ def _of_machine() -> Iterator[int]:
 
 
 def _of_container() -> Iterator[int]:
-    for limit, usage, statistics, page_cache in VERSIONS:
-        with contextlib.suppress(OSError, ValueError):  # no such version, or the limit is "max"
-            left = int((CGROUP / limit).read_text()) - int((CGROUP / usage).read_text())
-            counts = dict(line.split() for line in (CGROUP / statistics).read_text().splitlines())
-            yield left + int(counts.get(page_cache, 0))
+    for controllers, (top, limit, usage, page_cache) in VERSIONS.items():
+        for folder in _own_groups(controllers, CGROUP / top):
+            with contextlib.suppress(OSError, ValueError):  # no such version, or the limit is "max"
+                left = int((folder / limit).read_text()) - int((folder / usage).read_text())
+                counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                yield left + int(counts.get(page_cache, 0))
+
+
+def _own_groups(controllers: str, top: Path) -> list[Path]:
+    """Return this process's cgroup and those above it, each of which may have a limit.
+
+    In a container `top` is its own. A process of Slurm or systemd is in a group further down.
+    """
+    own = PurePosixPath("/")
+    with contextlib.suppress(OSError, ValueError):
+        for line in OWN_CGROUP.read_text().splitlines():
+            _, names, path = line.split(":", 2)
+            if controllers in names.split(","):
+                own = PurePosixPath(path)
+    return [top / folder.relative_to("/") for folder in (own, *own.parents) if folder.is_absolute()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -182,6 +182,40 @@ def test_a_bare_file_with_a_digest_beside_it_is_verified(tmp_path: Path) -> None
     path.write_bytes(b"\0" * 99 + b"\1")
     with pytest.raises(CheckpointError, match=r"do not match the digest in model.safetensors.xxh128"):
         verify_file(path)
+
+
+def _save_without_crcs(content: Any, path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(content, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+
+
+def _save_as_before_torch_1_6(content: Any, path: Path) -> None:
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize(
+    ("save", "form"),
+    [(_save_as_before_torch_1_6, "is not a zip, as torch.save writes them"), (_save_without_crcs, "without CRCs")],
+)
+def test_a_file_that_nothing_can_verify_is_refused_until_its_digest_lies_beside_it(
+    save: Callable[[Any, Path], None], form: str, tmp_path: Path
+) -> None:
+    path, model = tmp_path / "x.pt", {"w": torch.randn(30, 40)}
+    save({"model_state_dict": model}, path)
+    with pytest.raises(CheckpointError, match=form) as caught:
+        import_pt(path)
+    assert "give the file that torch.save writes of it today" in str(caught.value)
+    assert "xxh128sum x.pt > x.pt.xxh128" in str(caught.value)
+    write_digest(path)
+    assert is_same(dict(import_pt(path)["model"]), model)
+    flipped = bytearray(path.read_bytes())
+    flipped[-1000] ^= 4  # in the tensor
+    path.write_bytes(flipped)
+    with pytest.raises(CheckpointError, match="do not match the digest"):
+        import_pt(path)
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])

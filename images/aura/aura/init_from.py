@@ -17,7 +17,7 @@ from aura.config import STEP_FILE
 from aura.model.decoder import Aura
 from estiba.checkpoint import format as ckpt_format
 from estiba.checkpoint import restore
-from estiba.checkpoint.exports import import_pt, read_pt
+from estiba.checkpoint.exports import check_verifiable, import_pt, read_pt
 from estiba.checkpoint.format import Manifest
 from estiba.checkpoint.manager import CheckpointManager
 from estiba.checkpoint.remote import Remote
@@ -91,6 +91,8 @@ def peek_start(resume_from: str | None, folder: Path, upload: str | None) -> tup
     path = _local(resume_from)
     if path.is_dir():
         return restore.peek(path) if not (path / ckpt_format.MANIFEST).exists() else (str(path), restore.peek_at(path))
+    if path.is_file():
+        check_verifiable(path)  # before the text is read
     try:
         content = read_pt(path, mmap=True)
     except CheckpointError:

@@ -89,8 +89,12 @@ class GRUDecoder(nn.Module):
         self.h0 = nn.Parameter(nn.init.xavier_uniform_(torch.zeros(1, 1, shape.n_units)))
 
     def compile_network(self) -> None:
-        """torch.compile everything except the selection of days, so that only a few shapes are compiled."""
-        self._network = torch.compile(self._decode)
+        """torch.compile everything except the selection of days, with sizes that may change from batch to batch.
+
+        torch compiles again for one trial, for one day, and for an evaluation, which makes six graphs. With static
+        sizes first it would be more than its limit of eight, behind which the rest is not compiled.
+        """
+        self._network = torch.compile(self._decode, dynamic=True)
 
     def forward(self, features_BTC: Tensor, days: Sequence[int], day_index_B: Tensor) -> Tensor:
         """`days` are the distinct days of the batch. Trial b was recorded on day `days[day_index_B[b]]`."""

@@ -21,7 +21,7 @@ from brain_to_text.config import MAY_CHANGE, BrainConfig, checkpoint_channel
 from brain_to_text.model import GRUDecoder, canonical, load_weights
 from brain_to_text.resolve import decoder_shape
 from estiba.checkpoint import format as ckpt_format
-from estiba.checkpoint.exports import import_pt, save_pt
+from estiba.checkpoint.exports import DIGEST_SUFFIX, import_pt, save_pt
 from estiba.checkpoint.restore import load_newest
 from estiba.errors import ConfigError
 from estiba.storage import FileStore
@@ -106,7 +106,7 @@ def _find_file(path: Path) -> Path:
     for name in WEIGHT_PATHS:
         if (path / name).is_file():
             return path / name
-    files = [file for file in path.glob("*") if file.is_file()] if path.is_dir() else []
+    files = [file for file in path.glob("*") if file.is_file() and file.suffix != DIGEST_SUFFIX]
     if len(files) == 1:
         return files[0]
     raise ConfigError(f"{path}: has no weights ({BEST}, or a directory of verified checkpoints); give another path")

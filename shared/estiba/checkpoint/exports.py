@@ -6,13 +6,14 @@ state = import_pt(Path("checkpoint-step-500.pt"))             # for a resume
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import re
 import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ DIGEST_SUFFIX = ".xxh128"
 _WRAPPERS = re.compile(r"(?:_orig_mod\.|module\.)+")
 """What torch.compile and DistributedDataParallel put before every name of a state dict."""
 _READ_BYTES = 1 << 24
+_ZIP_MAGIC = b"PK\x03\x04"
 MODEL, OPTIMIZER = "model_state_dict", "optimizer_state_dict"
 
 
@@ -61,29 +63,56 @@ def write_digest(path: Path) -> None:
 
 
 def verify_file(path: Path) -> None:
-    """Compare a file with the digest beside it, if there is one, and a zip with its CRCs. Raises CheckpointError.
+    """Compare a file with the digest beside it, or a zip with its CRCs. Raises CheckpointError.
 
-    Every file of torch.save since torch 1.6 is a zip, so that files from elsewhere are verified too.
+    Files of torch.save since torch 1.6 are zips, so that those from elsewhere are verified too. A file that has neither
+    is refused.
     """
-    try:
-        beside = path.with_name(path.name + DIGEST_SUFFIX)
+    check_verifiable(path)
+    beside = path.with_name(path.name + DIGEST_SUFFIX)
+    with _errors_of(path):
         if beside.is_file():
-            expected = beside.read_text().split()[:1]
-            if expected != [_digest_of_file(path)]:
+            if beside.read_text().split()[:1] != [_digest_of_file(path)]:
                 raise CheckpointError(
                     f"{path}: its bytes do not match the digest in {beside.name}; copy both again from where they were "
                     f"written, or, if it was replaced on purpose, remove {beside.name}"
                 )
-        elif zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if (name := archive.testzip()) is not None:
-                    raise CheckpointError(
-                        f"{path}: the bytes of {name} do not match their CRC; copy the file again from where it was "
-                        "written"
-                    )
+            return
+        with zipfile.ZipFile(path) as archive:
+            if (name := archive.testzip()) is not None:
+                raise CheckpointError(
+                    f"{path}: the bytes of {name} do not match their CRC; copy the file again from where it was written"
+                )
+
+
+def check_verifiable(path: Path) -> None:
+    """Raise CheckpointError for a file whose bytes nothing can verify, or that cannot be read. Reads little of it."""
+    beside = path.with_name(path.name + DIGEST_SUFFIX)
+    with _errors_of(path), path.open("rb") as file:
+        if beside.is_file():
+            return
+        if file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC:
+            with zipfile.ZipFile(file) as archive:
+                if any(entry.CRC for entry in archive.infolist()):
+                    return
+            form = "was written without CRCs (torch.serialization.set_crc32_options)"
+        else:
+            form = "is not a zip, as torch.save writes them since torch 1.6"
+    raise CheckpointError(
+        f"{path}: {form}, and has no {beside.name} beside it, so that nothing tells whether its bytes are intact; give "
+        f"the file that torch.save writes of it today (torch.save(torch.load(...), ...)), or write its digest beside "
+        f"it (xxh128sum {path.name} > {beside.name})"
+    )
+
+
+@contextlib.contextmanager
+def _errors_of(path: Path) -> Iterator[None]:
+    """Turn errors of reading a file into CheckpointError."""
+    try:
+        yield
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, UnicodeDecodeError) as error:
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, UnicodeDecodeError, RuntimeError) as error:
         raise CheckpointError(
             f"{path}: is damaged ({first_line(error)}); copy it again from where it was written"
         ) from None
