@@ -30,6 +30,8 @@ NAME = "brain-to-text"
 DATA_PREFIX = "data/hdf5_data_diphone_encoded"
 CONFIG_FILE, DIPHONE_CONFIG_FILE = "rnn_args.yaml", "rnn_args_diphone_sagemaker.yaml"
 CONFIG_FILES_OF_IMAGE = (CONFIG_FILE, DIPHONE_CONFIG_FILE, "rnn_args_small.yaml")
+OTHER_DATA = {"channels", "inputs", "hyperparameters", "--channel", "--hyperparameter", "-p"}
+"""Arguments, or flags, that may say where the data is without --s3-bucket."""
 MAX_RUN_S = 432_000
 """Five days: AWS's default limit for a job. 150,000 batches with validation take more than the usual day."""
 
@@ -53,7 +55,12 @@ def launch_training_job(**arguments: Any) -> Any:
 
 
 def with_defaults(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(the arguments with the guide's defaults, notes for the user). Raises SystemExit for a file that is nowhere."""
+    """(the arguments with the guide's defaults, notes for the user). Raises SystemExit without data or its file."""
+    if not arguments.get("s3_bucket") and not OTHER_DATA & set(arguments):
+        sys.exit(
+            "launch_sagemaker_job: no data; pass --s3-bucket BUCKET (s3_bucket= in Python), with the recordings below "
+            f"{DATA_PREFIX} or --s3-data-prefix, or --channel dataset=URI (channels=)"
+        )
     complete = {
         "target": os.environ.get("ESTIBA_TARGET") or "sagemaker",
         "image_uri": os.environ.get("IMAGE") or IMAGE,
@@ -100,7 +107,8 @@ def main() -> None:
             sys.exit("launch_sagemaker_job: the command `estiba` is not installed; `make env` creates .venv/bin/estiba")
         estiba = [command]
     names = {"s3_bucket": given.s3_bucket, "s3_data_prefix": given.s3_data_prefix, "config_file": given.config_file}
-    complete, notes = with_defaults({**names, "output_path": given.output_uri})
+    others_given = dict.fromkeys({word.partition("=")[0] for word in others if word.startswith("-")} & OTHER_DATA)
+    complete, notes = with_defaults({**names, "output_path": given.output_uri, **others_given})
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     flags = {"image_uri": "image", "output_path": "output-uri"}

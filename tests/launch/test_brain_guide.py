@@ -104,6 +104,15 @@ def test_a_bucket_and_a_batch_size_are_enough() -> None:
     assert re.fullmatch(NAME, request["TrainingJobName"])
 
 
+def test_without_data_nothing_is_built_that_only_the_rented_instance_would_refuse(launcher: Any) -> None:
+    done = run("--batch-size", "32", "--request")
+    assert done.returncode != 0 and not done.stdout and "no data; pass --s3-bucket BUCKET" in done.stderr
+    with pytest.raises(SystemExit, match="no data; pass"):
+        launcher.launch_training_job(batch_size=32)
+    request = request_of("--channel", "dataset=s3://bucket/day", "--output-uri", "s3://bucket/out", "--batch-size=32")
+    assert [one["ChannelName"] for one in request["InputDataConfig"]] == ["dataset"]
+
+
 def test_output_is_where_the_guide_looks_for_it_and_checkpoints_are_where_the_next_run_does() -> None:
     words = (*GUIDE, "--num-training-batches", "150000", "--batch-size", "48", "--job-name", "my-diphone-training")
     request = request_of(*words)

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
 SMALLEST = {
     "aura_data": "--rounds 1 --copies 1",
+    "aura_init": "--tiny",
     "aura_throughput": "--rounds 1 --steps 1",
     "brain_accuracy": "--seeds 1 --only baseline --steps 60",
     "brain_step": "--rounds 1",

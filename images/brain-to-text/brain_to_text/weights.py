@@ -106,7 +106,7 @@ def _find_file(path: Path) -> Path:
     for name in WEIGHT_PATHS:
         if (path / name).is_file():
             return path / name
-    files = [file for file in path.glob("*") if file.is_file() and file.suffix != DIGEST_SUFFIX]
+    files = [file for file in path.glob("*") if file.is_file() and file.suffix not in (DIGEST_SUFFIX, ".yaml")]
     if len(files) == 1:
         return files[0]
     raise ConfigError(f"{path}: has no weights ({BEST}, or a directory of verified checkpoints); give another path")

@@ -270,6 +270,15 @@ def test_a_path_without_text_is_an_error_that_names_what_was_found(
     assert message in str(caught.value)
 
 
+def test_a_pipe_is_called_one_since_a_resume_cannot_read_it_again(tmp_path: Path) -> None:
+    """As in --dataset_path <(zcat corpus.gz)."""
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(
+        ConfigError, match=r"a\.txt': is a pipe or a device, which cannot be read again; write the text"
+    ):
+        find_sources(str(tmp_path / "a.txt"))
+
+
 def test_a_dangling_link_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").symlink_to(tmp_path / "no está")
     with pytest.raises(Exception, match=r"a\.txt"):

@@ -185,13 +185,19 @@ def test_initialization_depends_on_the_seed_and_not_on_the_global_random_state()
     assert not any(torch.equal(ours[name], different[name]) for name in ours if ours[name].ndim == 2)
 
 
-def test_initial_weights_are_small_and_smaller_where_they_write_to_the_stream() -> None:
-    model = tiny(embed_size=128, num_layers=8)
-    layer = model.layers[0]
-    assert layer.qkv.std().item() == pytest.approx(math.sqrt(2 / (5 * 128)), rel=0.05)
-    assert layer.down.std().item() == pytest.approx(math.sqrt(2 / (5 * 128)) / 4, rel=0.05)
-    assert model.embedding.std().item() == pytest.approx(0.02, rel=0.05)
-    assert torch.equal(layer.ff_norm.weight, torch.ones(128))
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("width", [64, 256])
+def test_initial_weights_have_the_standard_deviations_of_decision_10(width: int, tied: bool) -> None:
+    """1/sqrt(D) for the embedding, sqrt(2/5D) for the rest, less where a matrix writes to the residual stream."""
+    model = tiny(vocab_size=997, embed_size=width, num_layers=8, tie_embeddings=tied)
+    layer, rest = model.layers[3], math.sqrt(0.4 / width)
+    assert model.embedding.std().item() == pytest.approx(width**-0.5, rel=0.05)
+    assert model.head_VD.std().item() == pytest.approx(width**-0.5 if tied else rest, rel=0.05)
+    for matrix in (layer.qkv, layer.gate_up):
+        assert matrix.std().item() == pytest.approx(rest, rel=0.05)
+    for matrix in (layer.out, layer.down):
+        assert matrix.std().item() == pytest.approx(rest / 4, rel=0.05)
+    assert torch.equal(layer.ff_norm.weight, torch.ones(width))
 
 
 def test_a_token_never_affects_earlier_positions() -> None:

@@ -81,6 +81,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.rglob("*.tokens")}
 
 
+@pytest.mark.timeout(60)
+def test_a_fifo_in_place_of_the_lock_hangs_nothing(packed: Callable[..., list[Shard]], tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    os.mkfifo(tmp_path / "shards/.packing.lock")
+    assert packed()
+
+
 def stream(shards: list[Shard], side: str = "train") -> list[int]:
     return [int(id_) for shard in shards for id_ in getattr(shard, side)]
 

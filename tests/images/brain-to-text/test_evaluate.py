@@ -14,9 +14,11 @@ import pytest
 import torch
 from rehearsal import outcome, recordings, run
 
+from brain_to_text.config import BrainConfig
 from brain_to_text.evaluate import evaluate, mean_outputs
 from brain_to_text.evaluate_config import EvaluateConfig
-from brain_to_text.weights import open_decoder, write
+from brain_to_text.weights import initial_weights, open_decoder, write
+from estiba.checkpoint.exports import write_digest
 from estiba.errors import CheckpointError, ConfigError
 from estiba.platform.stop import Stop
 
@@ -146,6 +148,17 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "brain_to_text", *arguments], capture_output=True, text=True, timeout=60
     )
+
+
+@pytest.mark.parametrize("name", ["final_checkpoint", "mine.pt"])
+def test_weights_may_have_any_name_beside_their_digest_and_args(name: str, trained: list[Path], tmp_path: Path) -> None:
+    best = trained[0] / "model/checkpoint/best_checkpoint"
+    shutil.copy(best, tmp_path / name)
+    write_digest(tmp_path / name)
+    shutil.copy(best.with_name("args.yaml"), tmp_path)
+    found = initial_weights(BrainConfig(init_from_checkpoint=True, init_checkpoint_path=str(tmp_path)))
+    assert found is not None and found[0].startswith(f"{name} ")
+    assert open_decoder(str(tmp_path), torch.device("cpu")).sessions
 
 
 def test_evaluate_is_a_command(trained: list[Path], data: Path, tmp_path: Path) -> None:

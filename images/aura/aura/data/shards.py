@@ -215,7 +215,9 @@ def _signature(sources: Sequence[Source], text_format: TextFormat) -> str:
 @contextlib.contextmanager
 def _locked(folder: Path, stop: Stop) -> Iterator[None]:
     """Let one process pack at a time. The others wait, then find the shards already packed."""
-    with (writable(folder, "--checkpoint-path") / ".packing.lock").open("ab") as lock:
+    path = writable(folder, "--checkpoint-path") / ".packing.lock"
+    path.touch()
+    with path.open("r+b", buffering=0) as lock:  # to write alone would wait for a reader if it is a FIFO
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -112,6 +112,12 @@ def _sources_at(location: str) -> list[Source]:
     if separator or os.path.isdir(location):
         store = open_store(location)
         return _select(location, [(store, entry) for entry in store.list()])
+    if os.path.exists(location) and not os.path.isfile(
+        location
+    ):  # its size and content must be the same in every attempt
+        raise ConfigError(
+            f"dataset_path {location!r}: is a pipe or a device, which cannot be read again; write the text to a file"
+        )
     raise ConfigError(
         f"dataset_path {location!r}: no such file or directory; give a .txt or .jsonl file, a directory, a glob or "
         "s3://bucket/prefix. In a container, mount it (-v DIR:/opt/ml/input/data/dataset) or name the channel `dataset`"

@@ -124,7 +124,7 @@ class Aura(nn.Module):
         cos_TE, sin_TE = rotary(config.seq_length, config.head_size, config.rope_theta)
         self.register_buffer("cos_TE", cos_TE, persistent=False)
         self.register_buffer("sin_TE", sin_TE, persistent=False)
-        self._initialise(seed)
+        self.initialise(seed)
 
     @property
     def head_VD(self) -> Tensor:
@@ -173,21 +173,34 @@ class Aura(nn.Module):
         return [partial(recomputed, partial(_run_layers, layers[i : i + size])) for i in range(0, len(layers), size)]
 
     @torch.no_grad()
-    def _initialise(self, seed: int) -> None:
-        """Draw weights from a normal distribution, scaled down where they write to the residual stream.
-
-        The scale sqrt(2 / 5D) is from arXiv:1910.05895, 1 / sqrt(2 layers) from GPT-2.
-        """
+    def initialise(self, seed: int, std_of: InitialStd | None = None) -> None:
+        """Draw matrices from a normal distribution with the standard deviations of `std_of` (default: initial_std)."""
         generator = torch.Generator().manual_seed(seed)
-        small = math.sqrt(2 / (5 * self.config.embed_size))
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
                 parameter.fill_(1.0)
-                continue
-            std = 0.02 if name == "embedding" else small
-            if name.endswith(("out", "down")):
-                std /= math.sqrt(2 * self.config.num_layers)
-            parameter.normal_(0.0, std, generator=generator)
+            else:
+                std = (std_of or initial_std)(name, parameter.shape[1], self.config)
+                parameter.normal_(0.0, std, generator=generator)
+
+
+InitialStd = Callable[[str, int, ModelConfig], float]
+"""The standard deviation of a matrix's initial weights: of its name, its number of inputs and the model."""
+
+
+def initial_std(name: str, inputs: int, config: ModelConfig) -> float:
+    """Return 1 / sqrt(D) for the embedding and sqrt(2 / 5D) (arXiv:1910.05895) for the others.
+
+    It is less where a matrix writes to the residual stream (GPT-2). Chosen by benchmarks/aura_init.py.
+    """
+    del inputs
+    std = math.sqrt((1.0 if name == "embedding" else 0.4) / config.embed_size)
+    return std / math.sqrt(2 * config.num_layers) if writes_to_stream(name) else std
+
+
+def writes_to_stream(name: str) -> bool:
+    """Return whether a matrix's outputs are added to the residual stream."""
+    return name.endswith((".out", ".down"))
 
 
 class Layer(nn.Module):
