@@ -177,6 +177,7 @@ JSON_FILES = [
     refused("JSON lines that are none", "d.jsonl", "hello\nworld\n", "d.jsonl:1", "not JSON"),
     refused("a Python dictionary", "d.json", "[{'prompt': 'a', 'completion': 'b'}]", "d.json:1", "Python"),
     refused("an empty array", "d.json", "[]", "no row"),
+    refused("a configuration", "d.json", '{"model_type": "llama", "hidden_size": 1}', "one JSON object (model_type, "),
     refused("an empty object", "d.json", "{}", "empty JSON object"),
     refused("a number", "d.json", "[1, 2, 3]", "d.json:1", "not an object"),
     refused("nested without end", "d.json", "[" * 100_000, "d.json"),

@@ -301,6 +301,14 @@ DELIMITED = [
         dropped={"line above the header": ["t.csv:1", "t.csv:2"]},
         **CITY_TABLE,
     ),
+    accepted(
+        "a column that is always the same",
+        "t.csv",
+        "pregunta1,respuesta1\n" + "".join(f"¿{n}?,no\n" for n in range(9)),
+        kept=9,
+        target_columns=["respuesta1"],
+        warns="every answer is the same",
+    ),
     accepted("one row", "t.csv", "a,b,c\n1,x,y\n", rows=1, kept=1, target_columns=["c"], warns="has one row"),
     accepted("every row twice", "t.csv", table(cities()) + table(cities()[1:]), kept=12, duplicates=12, **CITY_TABLE),
     accepted(
@@ -404,6 +412,15 @@ ENCODINGS = [
         ("Greek", "prompt,completion\nπόλη,Αθήνα\nχώρα,Ελλάδα\n", 2, "cp1253", "cp1253", b""),
         ("Russian of DOS", "prompt,completion\nКак дела,Хорошо\n", 1, "cp866", "cp866", b""),
         ("English with typographic signs", "prompt,completion\nit’s,“good”\nisn’t,wait…\n", 2, "cp1252", "cp1252", b""),
+        (
+            "names of many countries",
+            "prompt,completion\nJosé,Málaga\nFrançois,Besançon\nJürgen,Köln\nÅsa,Malmö\n"
+            "João,São Paulo\nBjørn,Tromsø4\n",
+            6,
+            "cp1252",
+            "cp1252",
+            b"",
+        ),
         ("prices", "prompt,completion\nbook,€5\ncar,£7\nit is,5°C\n", 3, "cp1252", "cp1252", b""),
     ]
 ] + [

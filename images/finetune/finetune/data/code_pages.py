@@ -20,7 +20,7 @@ _UNKNOWN_SHARE = 0.15
 _RARE = 1e-6
 _ASCII = 1 / 40
 _MISFIT = 0.02
-"""How much rarer a letter is where it does not fit: a capital after a small letter, or beside a digit."""
+"""How much rarer a letter is where it does not fit: a capital after a small letter, or alone at a number."""
 _SIGN_IN_PLACE = 0.15
 _AT_NUMBERS = "€£°²³½¼¾±"
 _SIGNS = "’“”–—…‘„«»¿¡€°£©®™ºª·•²³×±§½¼¾\u00a0、。，！？・「」"
@@ -47,11 +47,13 @@ _LETTERS = {
 }
 _WESTERN = ("French", "Spanish", "Portuguese", "German", "Italian", "Nordic")
 _CENTRAL = ("Polish", "Czech or Slovak", "Hungarian", "Romanian", "Croatian or Slovene")
+_MIXED = {"Western European": _WESTERN, "Central European": _CENTRAL}
+"""Names and cities of many countries."""
 _PAGES: tuple[tuple[str, tuple[str, ...], float], ...] = (
-    ("cp1252", _WESTERN, 1),
+    ("cp1252", (*_WESTERN, "Western European"), 1),
     ("cp850", _WESTERN, 0.01),
     ("mac_roman", _WESTERN, 0.01),
-    ("cp1250", _CENTRAL, 0.05),
+    ("cp1250", (*_CENTRAL, "Central European"), 0.05),
     ("iso8859_2", _CENTRAL, 0.03),
     ("cp852", _CENTRAL, 0.01),
     ("cp1254", ("Turkish",), 0.2),
@@ -147,6 +149,10 @@ def _decoded(sample: bytes, codec: str) -> str | None:
 
 @lru_cache
 def _probabilities(language: str) -> dict[str, float]:
+    if language in _MIXED:
+        models = [_probabilities(one) for one in _MIXED[language]]
+        letters = {letter for model in models for letter in model}
+        return {letter: sum(model.get(letter, 0) for model in models) / len(models) for letter in letters}
     letters = _LETTERS[language]
     total = sum(1 / (rank + 2) for rank in range(len(letters)))
     found = {sign: 0.06 / len(_SIGNS) for sign in _SIGNS}
@@ -174,12 +180,13 @@ def _narrow_score(text: str, probabilities: dict[str, float]) -> tuple[float, fl
         elif _is_in_place(before, character, after):
             probability = _SIGN_IN_PLACE
         elif character.isalpha():
-            does_not_fit = (character.isupper() and before.islower()) or before.isdigit() or after.isdigit()
+            does_not_fit = character.isupper() and before.islower()
             # its accents are at the ends of words
             does_not_fit |= is_italian and after.isalpha()
             does_not_fit |= not is_latin and (_is_ascii_letter(before) or _is_ascii_letter(after))
             unknown += does_not_fit
-            probability *= _MISFIT if does_not_fit else 1
+            is_alone = not before.isalpha() and not after.isalpha() and (before.isdigit() or after.isdigit())
+            probability *= _MISFIT if does_not_fit or is_alone else 1
         elif character not in "–—" and before.isalpha() and after.isalpha():
             probability *= _MISFIT  # a sign within a word
         score += math.log(probability)

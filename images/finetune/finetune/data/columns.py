@@ -61,6 +61,11 @@ def choose_columns(where: str, columns: Mapping[str, Sequence[str]], settings: D
         useful = [name for name in columns if profiles[name].distinct]
         constant = [name for name in columns if name not in useful]
         warnings.append(f"{where}: has one row, or the same row each time; its last cell is asked for")
+    elif len(useful) < 2 and len(filled := [name for name in columns if profiles[name].distinct]) > 1:
+        useful, constant = filled, [name for name in columns if name not in filled]
+        warnings.append(
+            f"{where}: but for one column all rows are alike, so every answer is the same, and that is what is learnt"
+        )
     if len(useful) < 2 and not (given_targets and (given_keys or len(columns) > 1)):
         found_columns = f"only the column {useful[0]!r} has" if useful else "no column has"
         raise DataError(

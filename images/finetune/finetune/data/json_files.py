@@ -11,7 +11,7 @@ from typing import Any
 from estiba.errors import DataError
 from finetune.data.dialects import split_lines
 from finetune.data.encodings import bad_bytes_in
-from finetune.data.recognise import CHATS
+from finetune.data.recognise import CHATS, is_known_name
 from finetune.data.rows import MAX_LINE_CHARS, MAX_NESTING, BadRow, Number, ParsedFile, Row, nesting, to_json
 
 _LOOKS_LIKE_JSON = re.compile(r'\s*(\{\s*("|\}|$)|\[\s*([\[{"\]]|-?\d|true\b|false\b|null\b|$))')
@@ -35,6 +35,7 @@ _SPEAKERS = frozenset({"role", "from"})
 _WORDS = frozenset({"content", "value", "parts", "tool_calls"})
 _ERROR_KEYS = frozenset({"message", "Message", "error", "errors", "code", "status", "detail", "requestId", "__type"})
 _SAMPLE_LINES = 50
+_LINES = ("jsonl", "ndjson")
 
 _NOT_JSON = "not JSON"
 _NOT_AN_OBJECT = "not an object"
@@ -71,7 +72,7 @@ def parse_json(name: str, text: str) -> ParsedFile:
         parsed = _one_value(name, values[0])
         if not parsed.row_count:
             raise DataError(f"{name}: holds an empty list, so no row; restore its content")
-        if parsed.unit == "object" and len(filled) == 1 and name.lower().endswith(("jsonl", "ndjson")):
+        if parsed.unit == "object" and len(filled) == 1 and name.lower().endswith(_LINES):
             parsed.format, parsed.unit = "jsonl", "line"
         return parsed
     return _from_list(values, "json", "object")
@@ -149,6 +150,11 @@ def _one_value(name: str, value: Any) -> ParsedFile:
         return _from_keyed(value)
     if not value:
         raise DataError(f"{name}: is an empty JSON object; restore its content")
+    if not is_record and not name.lower().endswith(_LINES) and not any(map(is_known_name, value)):
+        raise DataError(
+            f"{name}: is one JSON object ({', '.join(value)[:80]}), not a list of rows; write [{{...}}, ...], or an "
+            "object on each line of a .jsonl file"
+        )
     return _from_list([value], "json", "object")
 
 
