@@ -251,6 +251,9 @@ DELIMITED = [
     refused("a header shorter than the rows", "t.csv", "a,b\n1,2,3\n4,5,6\n", "t.csv:1", "header has 2 cells"),
     refused("one column of names", "t.csv", "name\nAda\nGrace\n", "nothing to ask"),
     refused("a line of 30 MB", "t.csv", with_30_mb("prompt,completion\na,"), "t.csv:2", "characters"),
+    refused(
+        "a cell of 11 MB", "t.csv", 'a,b\n1,"' + f"{'x' * 999}\n" * 11_000 + '"\n', "t.csv:2: a cell of more than 10"
+    ),
     refused("nothing but a line of 30 MB", "t.csv", with_30_mb(""), "t.csv:1", "characters"),
     refused("empty answers", "t.csv", "prompt,completion\na,\nb,\n", "t.csv:2", "answer is empty"),
     refused("numbers as text", "t.csv", "text\n1\n2\n3.5\n", "t.csv:2", "'text' holds numbers"),
@@ -414,8 +417,7 @@ ENCODINGS = [
         ("English with typographic signs", "prompt,completion\nit’s,“good”\nisn’t,wait…\n", 2, "cp1252", "cp1252", b""),
         (
             "names of many countries",
-            "prompt,completion\nJosé,Málaga\nFrançois,Besançon\nJürgen,Köln\nÅsa,Malmö\n"
-            "João,São Paulo\nBjørn,Tromsø4\n",
+            "prompt,completion\nJosé,Málaga\nFrançois,Besançon\nJürgen,Köln\nÅsa,Malmö\nJoão,Brasília\nBjørn,Tromsø4\n",
             6,
             "cp1252",
             "cp1252",

@@ -151,8 +151,8 @@ def _decoded(sample: bytes, codec: str) -> str | None:
 def _probabilities(language: str) -> dict[str, float]:
     if language in _MIXED:
         models = [_probabilities(one) for one in _MIXED[language]]
-        letters = {letter for model in models for letter in model}
-        return {letter: sum(model.get(letter, 0) for model in models) / len(models) for letter in letters}
+        all_letters = {letter for model in models for letter in model}
+        return {letter: sum(model.get(letter, 0) for model in models) / len(models) for letter in all_letters}
     letters = _LETTERS[language]
     total = sum(1 / (rank + 2) for rank in range(len(letters)))
     found = {sign: 0.06 / len(_SIGNS) for sign in _SIGNS}

@@ -104,11 +104,15 @@ def _records(
             except StopIteration:
                 return
             except csv.Error as error:
-                cells, fault = [], BadRow(first + 1, "not CSV", f"{error}; check the quotes")
+                is_long = "field larger" in str(error)
+                found = f"a cell of more than {MAX_LINE_CHARS // 10**6} million characters" if is_long else str(error)
+                cells, fault = [], BadRow(first + 1, "not CSV", f"{found}; check the quotes")
             end = base + reader.line_num
             if first >= len(lines):
                 return
-            if end > len(lines):
+            if fault is not None:
+                pass
+            elif end > len(lines):
                 fault = BadRow(first + 1, _OPEN_QUOTE, "a quote is never closed; double it, or give --csv-quote no")
             elif too_long and (hit := too_long.intersection(range(first, end))):
                 size = len(lines[min(hit)])
