@@ -115,15 +115,12 @@ def find_code_page(sample: bytes, fits: Callable[[str], bool]) -> Verdict | list
     """Return the code page of a sample, or those between which it does not decide. `fits`: whether all data decodes."""
     sample = sample[:_SAMPLE_BYTES].rpartition(b"\n")[0] or sample[:_SAMPLE_BYTES]
     verdicts = sorted(_verdicts(sample), key=lambda verdict: -verdict.score)
-    verdicts = [verdict for verdict in verdicts if fits(verdict.codec)]
-    if not verdicts:
+    best = next((verdict for verdict in verdicts if fits(verdict.codec)), None)
+    if best is None:
         return []
-    rivals = [other for other in verdicts if other.text != verdicts[0].text and _is_close(other, verdicts[0])]
-    return [verdicts[0], rivals[0]] if rivals else verdicts[0]
-
-
-def _is_close(other: Verdict, best: Verdict) -> bool:
-    return other.score > best.score - _MARGIN
+    rivals = (other for other in verdicts if other.text != best.text and other.score > best.score - _MARGIN)
+    rival = next((other for other in rivals if fits(other.codec)), None)
+    return best if rival is None else [best, rival]
 
 
 def _verdicts(sample: bytes) -> Iterator[Verdict]:
