@@ -18,6 +18,7 @@ import torch
 from records_for_tests import encoder, row
 
 from estiba.errors import ConfigError
+from finetune.artifacts.report import licence_of
 from finetune.config import FinetuneConfig
 from finetune.model import base as base_module
 from finetune.model import memory
@@ -150,6 +151,20 @@ def test_a_base_model_on_s3_keeps_its_address_as_its_name(tmp_path: Path, monkey
     monkeypatch.setattr(base_module, "stage", lambda *_: folder)
     found = find_base("s3://bucket/model/", tmp_path)
     assert (found.name, found.location) == ("s3://bucket/model/", str(folder))
+
+
+def test_the_report_names_the_licence_of_the_base(hub: list[str], tmp_path: Path) -> None:
+    assert licence_of(find_base("open/model", tmp_path)) == "see https://huggingface.co/open/model"
+    base = find_base(str(tiny_model.build(tmp_path / "base")), tmp_path)
+    assert licence_of(base) == "see where the base model is from"
+    (tmp_path / "base/LICENSE").write_text("Apache License")
+    assert licence_of(base) == "LICENSE of the base model's directory"
+    (tmp_path / "base/README.md").write_text(
+        "---\ntags:\n- small\nlicense: apache-2.0\n---\n# A model\nlicense: none\n"
+    )
+    assert licence_of(base) == "apache-2.0"
+    (tmp_path / "base/README.md").write_text("# A model\nlicense: none\n")
+    assert licence_of(base) == "LICENSE of the base model's directory"
 
 
 def _needs(folder: Path, config: FinetuneConfig) -> Any:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from estiba.training.trainer import Trainer
 from finetune.answers import Answer
 from finetune.introduction import data_lines
+from finetune.model.base import BaseModel
 from finetune.task import FinetuneTask
 
 ANSWERS_SHOWN = 12
+_CARD_LICENCE = re.compile(r"---\n(?:(?!---).*\n)*?licen[sc]e: *(\S+)")
+"""The licence in the front matter of a model card."""
 
 
 def write_report(
@@ -28,12 +32,7 @@ def write_report(
         f"# {inputs.base.name}, fine-tuned",
         "",
         f"{results['summary']}.",
-        "The base model's licence applies to this model as well: "
-        + (
-            f"see https://huggingface.co/{inputs.base.name}."
-            if inputs.base.is_hub
-            else "see the base model's own files."
-        ),
+        f"The base model's licence applies to this model as well: {licence_of(inputs.base)}.",
         "",
         "## Results",
         "",
@@ -55,6 +54,18 @@ def write_report(
         *(f"| {name} | {_cell(value)} |" for name, value in _settings(task, trainer).items()),
     ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def licence_of(base: BaseModel) -> str:
+    """Return what is known of a base model's licence: its model card's word, its licence file, or where to look."""
+    if base.is_hub:
+        return f"see https://huggingface.co/{base.name}"
+    folder = Path(base.location)
+    card = folder / "README.md"
+    if card.is_file() and (named := _CARD_LICENCE.match(card.read_text(encoding="utf-8", errors="replace"))):
+        return named[1].strip("'\"")
+    files = sorted(path.name for path in folder.iterdir() if path.name.lower().startswith(("licen", "copying")))
+    return f"{files[0]} of the base model's directory" if files else "see where the base model is from"
 
 
 def _results(results: dict[str, Any]) -> list[str]:
