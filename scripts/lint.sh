@@ -26,6 +26,5 @@ for package in images/*/*/__init__.py scripts/template/*/images/*/*/__init__.py;
     MYPYPATH="$(dirname "$folder")" $bin/mypy "$folder"
 done
 
-shells="$(git ls-files --cached --others --exclude-standard '*.sh' .ci/run)"
-# shellcheck disable=SC2086 # names without spaces
-$bin/shellcheck --severity=warning --shell=bash -x $shells
+mapfile -d '' shells < <(git ls-files -z --cached --others --exclude-standard '*.sh' .ci/run)
+$bin/shellcheck --severity=warning --shell=bash -x "${shells[@]}"

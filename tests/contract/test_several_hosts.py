@@ -110,6 +110,9 @@ def job(new_job: Callable[..., Job]) -> Job:
         ("tee", "train.sh", "rank {rank}: value 4", []),
         ("helper", "start.py", "trained", ["done-algo-1", "done-algo-2"]),
         ("spawn", "start.py", ": 4", []),
+        ("c10d", "launch.sh", "epoch 1 rank {rank}/2", ["pytorch_model.bin"]),
+        ("spaces", "my trainer.sh", "epoch 1 rank {rank}/2", ["pytorch_model.bin"]),
+        ("nohup", "start.sh", "exit code: 0", ["pytorch_model.bin"]),
     ],
 )
 def test_a_public_script_runs_unedited_on_two_hosts(

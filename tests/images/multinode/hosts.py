@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +34,31 @@ class Hosts:
         *,
         environ: Mapping[str, str] | None = None,
         is_watched: bool = False,
+        scheduler: Callable[[int, str], tuple[list[str], dict[str, str]]] | None = None,
     ) -> None:
-        """`is_watched` puts PID 1 above each host's processes, whose agents find each other on 127.0.0.N."""
+        """`is_watched` puts PID 1 above each host's processes, whose agents find each other on 127.0.0.N.
+
+        `scheduler` returns the command and the variables of a host, by its index and the main port, in place of
+        SageMaker's file.
+        """
         name = "127.0.0.{}" if is_watched else "algo-{}"
         self.roots = [root / name.format(number) for number in range(1, count + 1)]
         port, agent_port = str(free_port()), str(free_port())
         module = "estiba.platform.entry" if is_watched else "multinode"
         self.processes = []
-        for folder in self.roots:
+        for index, folder in enumerate(self.roots):
             config = folder / "input/config"
             config.mkdir(parents=True, exist_ok=True)
             names = [one.name for one in self.roots]
-            (config / "resourceconfig.json").write_text(json.dumps({"hosts": names, "current_host": folder.name}))
+            command, own = [sys.executable, "-m", module], dict[str, str]()
+            if scheduler is None:
+                (config / "resourceconfig.json").write_text(json.dumps({"hosts": names, "current_host": folder.name}))
+            else:
+                command, own = scheduler(index, port)
             with open(folder / "log", "w") as log:
                 self.processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", module, *arguments],
+                        [*command, *arguments],
                         stdout=log,
                         stderr=log,
                         env={
@@ -63,6 +72,7 @@ class Hosts:
                             "ESTIBA_WORKLOAD": "multinode",
                             "ESTIBA_HOST_AGENT": "1",
                             "ESTIBA_AGENT_PORT": agent_port,
+                            **own,
                             **(environ or {}),
                         },
                     )

@@ -6,6 +6,8 @@ import hashlib
 import re
 import shutil
 import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -207,3 +209,49 @@ def test_a_host_that_is_killed_between_two_saves_costs_the_steps_since_the_last_
     step = int(re.findall(r"resuming at step (\d+) of 8", resumed.log())[0])
     assert 1 <= step <= 8
     same_within(one.column("train_loss")[step:], resumed.column("train_loss")[step:], 1e-6)
+
+
+def test_bfloat16_trains_on_a_cpu_and_keeps_float32_parameters_and_sums(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, whole: dict[str, Hosts], arguments: list[str]
+) -> None:
+    one = undisturbed(whole, tmp_path_factory.mktemp("one"), 1, arguments)
+    two = run(tmp_path, 2, [*arguments, "--precision", "bfloat16"])
+    assert "2 hosts; bfloat16 on cpu" in two.log()
+    losses = two.column("train_loss")
+    same_within(one.column("train_loss"), losses, 0.05)
+    assert losses != one.column("train_loss")
+    saved = load_file(next((tmp_path / "algo-1/checkpoints").rglob("part.safetensors")))
+    assert {tensor.dtype for name, tensor in saved.items() if name.startswith("model/")} == {torch.float32}
+
+
+def of_torchrun(index: int, port: str) -> tuple[list[str], dict[str, str]]:
+    words = f"torch.distributed.run --nnodes 2 --node_rank {index} --nproc_per_node 1 --master_addr 127.0.0.1"
+    return [sys.executable, "-m", *words.split(), "--master_port", port, "-m", "multinode"], {}
+
+
+def of_batch(index: int, port: str) -> tuple[list[str], dict[str, str]]:
+    """An AWS Batch node under PID 1. Only the nodes that are not the main one have its address."""
+    variables = {
+        "AWS_BATCH_JOB_NODE_INDEX": str(index),
+        "AWS_BATCH_JOB_NUM_NODES": "2",
+        "AWS_BATCH_JOB_MAIN_NODE_INDEX": "0",
+        "MASTER_PORT": port,
+    }
+    if index:
+        variables["AWS_BATCH_JOB_MAIN_NODE_PRIVATE_IPV4_ADDRESS"] = "127.0.0.1"
+    return [sys.executable, "-m", "estiba.platform.entry"], variables
+
+
+@pytest.mark.parametrize("scheduler", [of_torchrun, of_batch])
+def test_hosts_that_another_scheduler_started_have_the_same_loss_and_end_when_one_is_lost(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, whole: dict[str, Hosts], arguments: list[str],
+    scheduler: Callable[[int, str], tuple[list[str], dict[str, str]]],
+) -> None:  # fmt: skip
+    one = undisturbed(whole, tmp_path_factory.mktemp("one"), 1, arguments)
+    two = run(tmp_path / "two", 2, arguments, scheduler=scheduler)
+    same_within(one.column("train_loss"), two.column("train_loss"), 1e-6)
+    lost = Hosts(tmp_path / "lost", 2, [*arguments, "--max-steps", "400"], scheduler=scheduler)
+    lost.wait_for("step=4 of")
+    lost.signal_all(signal.SIGKILL, 1)
+    assert lost.wait()[0] in (1, 75), lost.logs()  # torchrun has a status of its own
+    assert "lost the ranks of another host" in lost.log()
