@@ -195,3 +195,26 @@ def test_an_aws_that_does_not_answer_leaves_what_was_last_known(account, monkeyp
     (found,) = operations.list_jobs()
     assert found.status == "InProgress"
     assert found.unreachable and "cannot be reached" in found.unreachable
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("describe.json", "{", "describe.json: broken"),
+        ("describe.json", "", "describe.json: broken"),
+        ("describe.json", "[]", "describe.json: not a job's record; remove"),
+        ("describe.json", None, "describe.json: not a job's record; remove"),
+        ("describe.json", '{"TrainingJobName": "good", "TrainingJobStatus": "Failed"}', "its record is that of good"),
+        (TARGET, '{"target": "moon"}', "--target 'moon': unknown"),
+    ],
+)
+def test_one_record_that_cannot_be_read_hides_no_other_job(file, text, message):
+    record("good")
+    folder = record("bad")
+    (folder / file).unlink(missing_ok=True)
+    if text is not None:
+        (folder / file).write_text(text)
+    warnings: list[str] = []
+    assert [one.name for one in operations.list_jobs(warnings.append)] == ["good"]
+    (warning,) = warnings
+    assert warning.startswith("warning: bad: ") and message in warning

@@ -90,7 +90,7 @@ def interrupt(
 @opt.command
 def list_jobs(target: opt.AccountTarget = None, region: opt.Region = None, as_json: opt.AsJson = False) -> None:
     """List the jobs of this machine, oldest first. With --target, the latest of that account or host."""
-    jobs = operations.list_account(target, region) if target is not None else operations.list_jobs()
+    jobs = operations.list_account(target, region) if target is not None else operations.list_jobs(opt.say)
     if as_json:
         opt.show([job.to_json() for job in jobs])
         return

@@ -14,6 +14,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from estiba_launch.errors import LaunchError
 from estiba_launch.jobs.directory import job_dir, read_json, write_json
 from estiba_launch.jobs.lock import locked
 from estiba_launch.jobs.status import TERMINAL, JobStatus
@@ -91,8 +92,10 @@ def new_document(request: dict[str, Any], arn: str | None = None) -> dict[str, A
 
 
 def recorded_document(directory: Path, **extra: Any) -> dict[str, Any]:
-    """The document on record, with `extra` under `Estiba`."""
+    """The document on record, with `extra` under `Estiba`. Raises LaunchError when there is none."""
     document: dict[str, Any] = read_json(directory / RECORD, {})
+    if not isinstance(document, dict) or not {"TrainingJobName", "TrainingJobStatus"} <= document.keys():
+        raise LaunchError(f"{directory / RECORD}: not a job's record; remove the job's directory {directory}")
     document["Estiba"] = {"Attempts": [], **document.get("Estiba", {}), **extra, "Directory": str(directory)}
     return document
 

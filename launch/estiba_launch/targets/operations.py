@@ -215,15 +215,30 @@ def cost(name: str, prices: Prices, region: str | None = None) -> Cost:
     return target_of_job(name).cost(status(name), prices, region)
 
 
-def list_jobs() -> list[JobStatus]:
-    """Every job that was started from this machine, oldest first. Each account and host is asked once."""
-    names = directory.job_names()
+def list_jobs(report: Report = lambda _: None) -> list[JobStatus]:
+    """Every job that was started from this machine, oldest first. Each account and host is asked once.
+
+    A record that cannot be read is reported, and hides no other job.
+    """
+    names = list(_readable(directory.job_names(), report))
     groups = list(by_target(names))
     found: dict[str, JobStatus] = {}
     with ThreadPoolExecutor(PARALLEL_TARGETS) as pool:
         for statuses in pool.map(lambda group: list(group[0].list(group[1])), groups):
             found.update((one.name, one) for one in statuses)
     return [found[name] for name in names if name in found]
+
+
+def _readable(names: list[str], report: Report) -> Iterator[str]:
+    for name in names:
+        try:
+            recorded = target_of_job(name).recorded(name).name
+            if recorded != name:
+                raise LaunchError(f"its record is that of {recorded}; remove the copy {directory.job_dir(name)}")
+        except LaunchError as error:
+            report(f"warning: {name}: {error}")
+        else:
+            yield name
 
 
 def list_account(address: str, region: str | None = None) -> list[JobStatus]:
