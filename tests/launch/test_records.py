@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import multiprocessing
+import os
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
 
-from estiba_launch.errors import HostError
+from estiba_launch.errors import HostError, LaunchError
 from estiba_launch.jobs import control, directory, lock
 from estiba_launch.jobs.directory import REQUEST, TARGET, write_json
 from estiba_launch.jobs.logs import LOG
@@ -20,6 +21,7 @@ from estiba_launch.jobs.status import JobStatus
 from estiba_launch.targets import operations, registry
 from estiba_launch.targets.local.outcome import Outcome, Result
 from estiba_launch.targets.local.supervisor import Supervisor
+from estiba_launch.targets.sagemaker.target import record_job
 from fake_ssh import FakeSsh
 
 HOST = "ssh://user@203.0.113.7"
@@ -293,3 +295,29 @@ def test_a_supervisor_enters_the_terminal_status_after_the_last_line_and_the_cle
     assert order[0] == "clean"
     assert len(order) == 2 and order[1].startswith(f"terminal, log ends with --- {line}")
     assert Record.load(folder).status == status
+
+
+@pytest.mark.parametrize("kind", ["ssh", "sagemaker"])
+def test_a_start_on_a_full_disk_is_named_and_leaves_the_name_free(kind, monkeypatch, tmp_path, good):
+    monkeypatch.setenv("ESTIBA_STATE", str(tmp_path / "state"))
+    full = OSError(28, "No space left on device")
+
+    def record() -> None:
+        if kind == "ssh":
+            registry.target_of("ssh://user@host")._record(good, SubmitOptions())  # type: ignore[attr-defined]
+        else:
+            record_job(good["TrainingJobName"], good, "us-east-1", "arn")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(full))
+        with pytest.raises(LaunchError, match="No space left on device; make room, or point ESTIBA_STATE"):
+            record()
+    record()
+    assert directory.job_names() == [good["TrainingJobName"]]
+
+
+def test_a_directory_that_a_killed_start_left_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("ESTIBA_STATE", str(tmp_path / "state"))
+    folder = directory.create("cut")
+    with pytest.raises(LaunchError, match=f"cut: a start under this name goes on, or was cut off.*{folder}"):
+        directory.refuse_known("cut")

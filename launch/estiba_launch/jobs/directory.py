@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +45,27 @@ def job_names() -> list[str]:
 def refuse_known(name: str) -> None:
     """Raise LaunchError when a job of this name is recorded, or is being started."""
     directory = jobs_root() / name
+    if directory.exists() and not (directory / REQUEST).exists():
+        raise LaunchError(f"{name}: a start under this name goes on, or was cut off; if none does, remove {directory}")
     if directory.exists():
         raise LaunchError(
             f"{name}: a job of this name is known already ({directory}); pass --set JOB_NAME=ANOTHER, "
             "or leave the time in TrainingJobName (${ESTIBA_TIMESTAMP})"
         )
+
+
+@contextmanager
+def creating(name: str) -> Iterator[Path]:
+    """The directory of a new job, to be filled in. Removed when that fails, so that the name is free again."""
+    directory = create(name)
+    try:
+        yield directory
+    except BaseException as error:
+        shutil.rmtree(directory, ignore_errors=True)
+        if isinstance(error, OSError):
+            reason = error.strerror or error
+            raise LaunchError(f"{directory}: {reason}; make room, or point ESTIBA_STATE to another place") from error
+        raise
 
 
 def create(name: str) -> Path:

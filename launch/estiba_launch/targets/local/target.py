@@ -47,11 +47,11 @@ class LocalTarget(Target):
         engine.ensure_image(submission.request["AlgorithmSpecification"]["TrainingImage"], report)
         request = with_absolute_paths(submission.request)
         self._refuse_shared_checkpoints(request)
-        folder = directory.create(submission.name)
-        submission.options.write(folder)
-        directory.write_json(folder / TARGET, {"target": str(self), "engine": pinned()})
-        Record.create(folder, request)
-        directory.write_json(folder / REQUEST, request)
+        with directory.creating(submission.name) as folder:
+            submission.options.write(folder)
+            directory.write_json(folder / TARGET, {"target": str(self), "engine": pinned()})
+            Record.create(folder, request)
+            directory.write_json(folder / REQUEST, request)
         supervise(folder)
 
     def poll(self, name: str) -> JobStatus:

@@ -155,11 +155,11 @@ class SageMakerTarget(Target):
 
 def record_job(name: str, request: Mapping[str, Any], region: str, arn: str) -> Path:
     """Record a job that AWS knows, so that every command knows it from any terminal."""
-    folder = directory.create(name)
-    write_json(folder / TARGET, {"target": SageMakerTarget.kind, "region": region})
-    # AWS reports the statuses that the job went through.
-    write_json(folder / RECORD, {**new_document(dict(request), arn), "SecondaryStatusTransitions": []})
-    write_json(folder / REQUEST, request)
+    with directory.creating(name) as folder:
+        write_json(folder / TARGET, {"target": SageMakerTarget.kind, "region": region})
+        # AWS reports the statuses that the job went through.
+        write_json(folder / RECORD, {**new_document(dict(request), arn), "SecondaryStatusTransitions": []})
+        write_json(folder / REQUEST, request)
     return folder
 
 

@@ -109,11 +109,11 @@ class SshTarget(Target):
         return False
 
     def _record(self, request: dict[str, Any], options: SubmitOptions) -> None:
-        folder = directory.create(request["TrainingJobName"])
-        write_json(folder / TARGET, {"target": str(self), "usd_per_h": options.usd_per_h})
-        options.write(folder)
-        Record.create(folder, request).begin_attempt([one.name for one in contract.hosts(request)])
-        write_json(folder / REQUEST, request)
+        with directory.creating(request["TrainingJobName"]) as folder:
+            write_json(folder / TARGET, {"target": str(self), "usd_per_h": options.usd_per_h})
+            options.write(folder)
+            Record.create(folder, request).begin_attempt([one.name for one in contract.hosts(request)])
+            write_json(folder / REQUEST, request)
 
     def find(self, name: str, region: str | None = None) -> None:  # noqa: ARG002
         path = shlex.quote(f"{work_dir(name)}/{REQUEST_THERE}")
