@@ -59,7 +59,8 @@ class Survivors:
             text = f"{type(error).__name__}: {first_line(error)}"
             if self._checkpoints is None or not self._checkpoints.is_sharded or kind_of(text) != CONSEQUENCE:
                 raise
-            raise RanksLost(f"lost the ranks of another host ({text}): {self._save(self._seconds_left())}") from error
+            reason = text.partition(". ")[0]  # gloo adds advice
+            raise RanksLost(f"lost the ranks of another host ({reason}): {self._save(self._seconds_left())}") from error
         finally:
             self._is_over.set()
 
