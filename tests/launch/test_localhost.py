@@ -848,32 +848,32 @@ def write_job(place: Place, script: str, **changes: Any) -> str:
 
 def test_run_follows_to_the_end_and_says_what_comes_next(place):
     process = estiba("run", write_job(place, SHOW), "--yes", "--shm-size", "1g")
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate()
     assert process.returncode == 0, err
     assert "hola" in out
     assert "Completed" in err
     (name,) = state.job_names()
     assert f"estiba fetch {name}" in err
-    listed, _ = estiba("list").communicate(timeout=30)
+    listed, _ = estiba("list").communicate()
     assert listed.split()[:2] == [name, "Completed"]
-    shown, _ = estiba("status", "--json").communicate(timeout=30)
+    shown, _ = estiba("status", "--json").communicate()
     assert json.loads(shown)["SecondaryStatusTransitions"][-1]["Status"] == "Completed"
-    got, _ = estiba("fetch", "--into", str(place.tmp / "got"), "--json").communicate(timeout=30)
+    got, _ = estiba("fetch", "--into", str(place.tmp / "got"), "--json").communicate()
     assert json.loads(got)["model"]["files"] == 2
-    cost, _ = estiba("cost", "--json").communicate(timeout=30)
+    cost, _ = estiba("cost", "--json").communicate()
     assert json.loads(cost)["sagemaker_usd"] == pytest.approx(json.loads(cost)["billable_s"] * 0.7364 / 3600)
 
 
 def test_run_of_a_failing_job_exits_1_with_its_reason(place):
     process = estiba("run", write_job(place, "exit 9"), "--yes")
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate()
     assert process.returncode == 1
     assert "AlgorithmError" in err
 
 
 def test_run_asks_and_off_a_terminal_refuses(place):
     process = estiba("run", write_job(place, "true"))
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate()
     assert process.returncode == 2
     assert "--yes" in err
     assert state.job_names() == []
@@ -886,28 +886,28 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_stop_it(place):
         if line.startswith("step=3"):
             break
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate()
     assert process.returncode == 4, err
     (name,) = state.job_names()
     assert f"estiba stop {name}" in err
     assert not jobs.status(name).is_terminal
     stopped = estiba("stop", "--wait")
-    _, err = stopped.communicate(timeout=60)
+    _, err = stopped.communicate()
     assert stopped.returncode == 0
     assert "Stopped" in err
     assert jobs.status(name).to_json()["TrainingJobStatus"] == "Stopped"
     again = estiba("stop", name)
-    again.communicate(timeout=30)
+    again.communicate()
     assert again.returncode == 2
 
 
 def test_interrupt_and_logs_work_from_another_process(place):
     process = estiba("run", write_job(place, STEPS, **HELD), "--yes", "--detach", "--sync-every-s", "0.2")
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate()
     name = out.strip()
     place.wait_for(name, "step=3")
-    estiba("interrupt", name, "--grace-s", "5").communicate(timeout=30)
-    followed, _ = estiba("logs", "-f").communicate(timeout=60)
+    estiba("interrupt", name, "--grace-s", "5").communicate()
+    followed, _ = estiba("logs", "-f").communicate()
     assert "spot interruption of all hosts" in followed
     assert "attempt 2 on algo-1" in followed
     assert "step=20" in followed
@@ -922,7 +922,7 @@ def test_a_term_or_several_signals_leave_the_job_running_and_end_with_4(place, s
             break
     for signum in signals:
         process.send_signal(signum)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate()
     (name,) = state.job_names()
     assert process.returncode == 4, err
     assert "Traceback" not in err

@@ -265,9 +265,9 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_stop_it(work, remote, tmp
     )
     assert process.stdout
     first = process.stdout.readline()
-    assert first == "up\n", process.communicate(timeout=20)
+    assert first == "up\n", process.communicate()
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=20)
+    _, said = process.communicate()
     assert process.returncode == 4, said
     assert f"estiba stop {request['TrainingJobName']}" in said and "Traceback" not in said
     assert jobs.wait(request["TrainingJobName"], 30).status == "Completed"
