@@ -144,7 +144,8 @@ def test_help_is_printed_without_importing_torch(image: Image, prepared: Prepare
 
 def test_no_package_that_the_image_adds_is_under_the_gpl(image: Image) -> None:
     added = json.loads(image.output_of(["-c", ADDED_LICENCES], entrypoint=["python"]))
-    assert len(added) > 10
+    # The job layer needs it, so a list without it was not read.
+    assert "pydantic" in added
     # AWS's command line brings it. Its wheel is in the public domain or under the BSD and PSF licences; the mode for
     # Emacs, which is under the GPL, is only in its source.
     added.pop("docutils", None)
