@@ -6,7 +6,7 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,15 @@ class Start:
     """Model weights without training state; the run starts at step 0."""
     origin: str | None = None
     """Identifies the checkpoint that --resume-from named."""
+    supersedes_later: bool = False
+    """Whether the run restarts from an older step of its own, so that its later checkpoints are to be set aside."""
 
 
 def find_start(checkpoints: CheckpointManager, resume_from: str | None) -> Start:
     """Choose what the run starts from.
 
     With `resume_from`, the run's own checkpoints are used if they descend from it, so that an interrupted run resumes
-    instead of starting over. An older step of the same run supersedes the later ones, which are renamed and kept.
+    instead of starting over. An older step of the same run supersedes the later ones (`supersede_later`).
     Raises CheckpointError, ConfigError.
     """
     own = checkpoints.restore()
@@ -65,14 +67,19 @@ def find_start(checkpoints: CheckpointManager, resume_from: str | None) -> Start
                 f"--resume-from {resume_from} is at step {step}, but {checkpoints.folder} has newer checkpoints of "
                 f"another run (step {own.step}); give another --checkpoint-path, or omit --resume-from"
             )
-        if checkpoints.dist.is_main:
-            names = checkpoints.supersede_after(step)
-            logger.warning(
-                f"restarting from step {step}: the later checkpoints in {checkpoints.folder} are kept as "
-                f"{', '.join(names)} and not used again; delete them when they are not needed"
-            )
-        checkpoints.dist.broadcast(None)
+        return replace(start, supersedes_later=True)
     return start
+
+
+def supersede_later(checkpoints: CheckpointManager, step: int) -> None:
+    """Rename the checkpoints after `step`, and keep them. A run that is refused must not have come this far."""
+    if checkpoints.dist.is_main:
+        names = checkpoints.supersede_after(step)
+        logger.warning(
+            f"restarting from step {step}: the later checkpoints in {checkpoints.folder} are kept as "
+            f"{', '.join(names)} and not used again; delete them when they are not needed"
+        )
+    checkpoints.dist.broadcast(None)
 
 
 def peek_start(resume_from: str | None, folder: Path, upload: str | None) -> tuple[str, dict[str, Any]] | None:

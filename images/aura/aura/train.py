@@ -11,7 +11,7 @@ from aura.artifacts.outputs import LOG_COLUMNS, write_artifacts, write_interrupt
 from aura.config import AuraConfig
 from aura.data.corpus import prepare
 from aura.data.mirror import Mirror
-from aura.init_from import find_start, load_weights
+from aura.init_from import find_start, load_weights, supersede_later
 from aura.paths import with_checkpoint_path
 from aura.planning import presets
 from aura.resolve import gpu_memory_bytes, resolve, resolve_model, resolve_schedule, resolve_tokenizer
@@ -73,9 +73,6 @@ def setup(run: Run[AuraConfig]) -> TrainingSetup[PretrainingTask]:
     schedule = resolve_schedule(config, resolved, len(corpus.train))
     precision = str(dtype_for(config.precision, run.device)).removeprefix("torch.")
     settings = settings_of(config, resolved, schedule, precision)
-    if run.dist.is_main:  # first of all, so that they are there however the run ends
-        write_tokenizer_files(tokenizer, run.output)
-        write_json(run.output / "model_config.json", hyperparameters(settings, resolved, schedule))
     trainer = config.trainer_config(
         schedule=schedule,
         clip=config.grad_clip,
@@ -90,7 +87,19 @@ def setup(run: Run[AuraConfig]) -> TrainingSetup[PretrainingTask]:
     )  # fmt: skip
     if start.weights is not None:
         load_weights(task.aura, start.weights, config.resume_from)
-    return TrainingSetup(task=task, trainer=trainer, restored=start.restored, log_columns=LOG_COLUMNS)
+
+    def on_resumed() -> None:
+        """Do what a run that is refused must not do, before the first step."""
+        if run.dist.is_main:  # they are there however the run ends
+            write_tokenizer_files(tokenizer, run.output)
+            write_json(run.output / "model_config.json", hyperparameters(settings, resolved, schedule))
+        if start.supersedes_later:
+            assert start.restored is not None
+            supersede_later(run.checkpoints, start.restored.step)
+
+    return TrainingSetup(
+        task=task, trainer=trainer, restored=start.restored, on_resumed=on_resumed, log_columns=LOG_COLUMNS
+    )
 
 
 def saved_tokenizer(run: Run[AuraConfig]) -> str | None:

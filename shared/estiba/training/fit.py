@@ -68,6 +68,9 @@ class TrainingSetup(Generic[T]):
     trainer: TrainerConfig
     restored: Restored | None
     """The state to resume from; None starts at step 0. Usually `run.restore()`."""
+    on_resumed: Callable[[], None] | None = None
+    """Called on every rank when the restored state was accepted, before the first step: for what must not happen if the
+    run is refused."""
     log_columns: Sequence[str] | None = None
     """The columns of training_log.csv; None writes all."""
 
@@ -166,6 +169,8 @@ def _trainer(run: Run[C], prepared: TrainingSetup[T]) -> Trainer:
         dist=run.dist,
     )
     trainer.resume(prepared.restored)
+    if prepared.on_resumed is not None:
+        prepared.on_resumed()
     return trainer
 
 

@@ -232,6 +232,23 @@ def test_an_older_step_of_the_same_run_can_be_resumed_from_and_later_ones_are_ke
         assert (tmp_path / "checkpoints" / f"superseded-{name}/model.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"learning_rate": 0.001}, {"embed_size": 64, "accept_changed_plan": True}],
+    ids=["refused", "impossible"],
+)
+def test_a_refused_resume_from_an_older_step_changes_no_checkpoint_and_no_output(
+    changes: dict[str, Any], whole: Path, text: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    names = sorted(path.name for path in (whole / "checkpoints").iterdir())
+    older = next(name for name in names if name.startswith("step-"))
+    with pytest.raises(ConfigError, match=r"schedule.peak|model.embed_size"):
+        run(tmp_path, text, resume_from=str(tmp_path / "checkpoints" / older), **changes)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == names
+    assert outcome(tmp_path) == outcome(whole)
+
+
 def test_a_step_that_is_not_kept_is_an_error_that_names_those_that_are(whole: Path, text: Path, tmp_path: Path) -> None:
     shutil.copytree(whole / "checkpoints", tmp_path / "checkpoints")
     steps = sorted(int(path.name[5:]) for path in (whole / "checkpoints").glob("step-*"))
