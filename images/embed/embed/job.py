@@ -74,7 +74,8 @@ def embed(config: EmbedConfig, job: Job, stop: Stop) -> None:
         try:
             state = open_state(config, job, pool.model, found.store, target, saved, found.tables, list(found.bad))
             old = old_outputs(config, job, state, pool.model, found)
-            model = f"{pool.model.dimensions} dimensions, {pool.model.dtype} on {pool.model.device}; "
+            model = f"{pool.model.dimensions} dimensions, {pool.model.dtype} on {pool.model.device} "
+            model += f"({pool.model.engine}); "
             model += f"--batch-size {config.batch_size}: {batches_of(config, pool.model)}"
             logger.info(state.summary(found.ignored, is_resumed, model))
             compute(state, pool, job, stop)
@@ -290,7 +291,9 @@ def compute(state: JobState, pool: InProcess | MultiProcess, job: Job, stop: Sto
     try:
         for _ in range(PASSES):
             if tasks := state.tasks():
-                pool.run(tasks, state.chunks, state.on_event, lambda: stop() or state.error is not None)
+                pool.run(
+                    tasks, state.chunks, state.on_event, lambda: stop() or state.error is not None, state.computed_by()
+                )
             state.join(stop)
             if stop():
                 raise stop.interrupted(state.what_is_saved())

@@ -15,7 +15,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -36,10 +36,10 @@ from embed.data.chunks import (
 )
 from embed.data.rows import RangeLimits, text_ranges
 from embed.data.table import Table
+from embed.events import ChunkSaved, Event, FileBroken, PartialSaved, RowsComputed, TaskDone
 from embed.model import BatchDone, Encoded, Encoder, Stopped
 from embed.model.tokens import Window
 from embed.stages import COMPUTE, COMPUTE_WAITS, READ, READ_WAITS, SAVE, TOKENISE, StageTimes
-from embed.state import ChunkSaved, Event, FileBroken, PartialSaved, RowsComputed, TaskDone
 from estiba.checkpoint import ChunkStore
 from estiba.errors import DataError, StoreError
 from estiba.log import get_logger
@@ -84,13 +84,21 @@ class Pipeline:
     source: Store
 
     def run(
-        self, tasks: Iterable[Task], chunks: ChunkStore, emit: Callable[[Event], None], should_stop: Callable[[], bool]
+        self,
+        tasks: Iterable[Task],
+        chunks: ChunkStore,
+        emit: Callable[[Event], None],
+        should_stop: Callable[[], bool],
+        earlier: Mapping[str, Any] | None = None,
     ) -> None:
         """Compute and save every task's rows. `emit` is called from other threads.
 
         `tasks` is read in a thread, a few windows ahead, so it may wait for its next task while others are computed.
+        `earlier` is what computed the rows of an earlier attempt; it is used where it runs.
         Returns early when `should_stop` returns true. Re-raises an error of a thread.
         """
+        if earlier is not None:
+            self.encoder.continue_with(earlier)
         times = StageTimes()
         saver = _Saver(chunks, self.config.embedding_dtype, emit, times)
 
@@ -112,6 +120,7 @@ class Pipeline:
                     if item.is_whole_row_group or was_whole:
                         saver.wait()
                     was_whole = item.is_whole_row_group
+                    self.encoder.check_engine(item.window)
                     prior, computed_by = saver.partial_of(item)
                     computed_by += [engine for engine in [self.encoder.computed_by] if engine not in computed_by]
                     watch = _Watch(item=item, saver=saver, emit=emit, computed_by=computed_by)

@@ -8,7 +8,7 @@ import math
 import os
 import queue
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -18,9 +18,10 @@ import torch
 
 from embed.config import EmbedConfig
 from embed.data.chunks import ModelInfo, Task
+from embed.events import Event, TaskDone
 from embed.model import Encoder
 from embed.pipeline import Pipeline
-from embed.state import NOTHING_COMPUTED, Event, TaskDone
+from embed.state import NOTHING_COMPUTED
 from estiba.checkpoint import ChunkStore
 from estiba.errors import EstibaError
 from estiba.log import get_logger
@@ -85,11 +86,16 @@ class MultiProcess:
             self.model: ModelInfo = model
 
     def run(
-        self, tasks: Sequence[Task], chunks: ChunkStore, emit: Callable[[Event], None], should_stop: Callable[[], bool]
+        self,
+        tasks: Sequence[Task],
+        chunks: ChunkStore,
+        emit: Callable[[Event], None],
+        should_stop: Callable[[], bool],
+        earlier: Mapping[str, Any] | None = None,
     ) -> None:
         """Compute the tasks. `emit` is called from this thread."""
         for task in tasks:
-            self._tasks.put((chunks.store.url, chunks.prefix, task))
+            self._tasks.put(((chunks.store.url, chunks.prefix, earlier), task))
         remaining = len(tasks)
         while remaining:
             event = self._next_event(should_stop)
@@ -149,10 +155,10 @@ def _serve(
         first = next(received, None)
         if first is None:
             return
-        url, prefix, _ = first
+        (url, prefix, earlier), _ = first
         # One pipeline for all tasks: it reads the next one while a task is computed and saved.
-        all_tasks = (task for _, _, task in itertools.chain([first], received))
-        pipeline.run(all_tasks, ChunkStore(open_store(url), prefix, listed=False), events.put, stop.is_set)
+        all_tasks = (task for _, task in itertools.chain([first], received))
+        pipeline.run(all_tasks, ChunkStore(open_store(url), prefix, listed=False), events.put, stop.is_set, earlier)
     except Exception as error:
         is_reportable = isinstance(error, EstibaError)
         try:
@@ -162,8 +168,11 @@ def _serve(
             events.join_thread()
 
 
-def _received(tasks: Any, stop: Any) -> Iterator[tuple[str, str, Task]]:
-    """What the main process sends, until it says stop: the address and prefix of the chunks, and a task."""
+def _received(tasks: Any, stop: Any) -> Iterator[tuple[tuple[str, str, Mapping[str, Any] | None], Task]]:
+    """What the main process sends, until it says stop: a task, and with it the same three things each time.
+
+    They are the address and prefix of the chunks, and what computed the rows of an earlier attempt.
+    """
     while not stop.is_set():
         with contextlib.suppress(queue.Empty):
             yield tasks.get(timeout=POLL_S)

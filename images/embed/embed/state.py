@@ -14,8 +14,21 @@ from typing import Any
 from embed.artifacts.outputs import Abandoned, ChunkLost, write_output
 from embed.artifacts.written import Written, from_ledger, from_metadata
 from embed.config import EmbedConfig
-from embed.data.chunks import PARTIAL, Coverage, RowRange, Task, encoded_from, file_key, key_of, range_of, vector_type
+from embed.data.chunks import (
+    PARTIAL,
+    Coverage,
+    RowRange,
+    Task,
+    computed_by,
+    encoded_from,
+    file_key,
+    from_bytes,
+    key_of,
+    range_of,
+    vector_type,
+)
 from embed.data.table import BadFile, Table
+from embed.events import Event, FileBroken, PartialSaved, RowsComputed, TaskDone
 from embed.stages import JOIN, StageTimes
 from estiba.checkpoint import ChunkStore, Ledger
 from estiba.errors import DataError
@@ -38,62 +51,6 @@ class State(Enum):
     """The output was complete when the job started."""
     DONE = "done"
     BAD = "bad"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChunkSaved:
-    """A worker made the vectors of some rows durable."""
-
-    path: str
-    row_range: RowRange
-    name: str
-    size_bytes: int
-    resumed: int
-    """Rows of a partial chunk of an earlier attempt."""
-    rest: int
-    """Rows that were neither in a batch nor resumed, such as empty ones."""
-    partial_key: str
-    """The key of the partial chunk that this one replaces."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowsComputed:
-    """A worker finished a batch. It is not durable yet."""
-
-    path: str
-    rows: int
-    tokens: int
-    padded_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class PartialSaved:
-    """A worker made the finished batches of a row range durable."""
-
-    key: str
-    name: str
-    rows: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileBroken:
-    """A worker found a file that cannot be read to its end."""
-
-    path: str
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskDone:
-    """The chunks of a task are saved, or its file cannot be read."""
-
-    path: str
-    row_group: int
-    seconds: dict[str, float] = field(default_factory=dict)
-    """What the stages of the worker's pipeline took since its last task."""
-
-
-Event = ChunkSaved | FileBroken | PartialSaved | RowsComputed | TaskDone
 
 
 @dataclass(kw_only=True)
@@ -216,6 +173,17 @@ class JobState:
         """The rows that got no vector for a fault of the model, by file; at most ten of each."""
         found = ((path, item.written.counts.get("bad_rows")) for path, item in self.files.items() if item.written)
         return [(path, rows) for path, rows in found if rows]
+
+    def computed_by(self) -> dict[str, Any] | None:
+        """What computed the saved rows of a file that is not finished; None if there are none."""
+        for item in self.files.values():
+            if item.state is State.TODO:
+                for key in self.chunks.keys(f"{file_key(item.table)}/"):
+                    data = self.chunks.load(key)
+                    engines = computed_by(from_bytes(data)) if data is not None else []
+                    if engines:
+                        return engines[-1]
+        return None
 
     # --- remaining work ----------------------------------------------------------------------------------------
 

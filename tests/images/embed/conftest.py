@@ -31,6 +31,14 @@ SENTENCES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same vectors on every kind of CPU; a test of bfloat16 asks for it."""
+    from embed.model import engines
+
+    monkeypatch.setattr(engines, "has_bfloat16", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """all-MiniLM-L6-v2 as published: 6 layers, 384 dimensions, 256 tokens."""

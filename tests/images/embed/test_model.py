@@ -492,7 +492,7 @@ def test_unnormalized_vectors_are_checked_for_being_finite(
 
 
 def test_a_pooled_zero_is_not_turned_into_nan(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = encoder_of(tiny)
+    encoder = encoder_of(tiny, engine="torch")
     hook = encoder._engine.model[-1].register_forward_hook(
         lambda _module, _given, features: {**features, "sentence_embedding": features["sentence_embedding"] * 0}
     )

@@ -17,8 +17,8 @@ from embed.config import EmbedConfig
 from embed.data.chunks import Coverage, Task
 from embed.data.files import inspect
 from embed.data.table import InputFile, Table
+from embed.events import ChunkSaved, TaskDone
 from embed.model import Encoder
-from embed.state import ChunkSaved, TaskDone
 from estiba.checkpoint import ChunkStore
 from estiba.errors import StoreError
 from estiba.storage import FileStore
@@ -64,7 +64,7 @@ def serve(root, inputs, tiny_model, monkeypatch):
         stop = threading.Event()
         events = Events(stop, kind, count)
         for task in tasks_of(inputs):
-            tasks.put(((root / "ck").as_uri(), "pieces", task))
+            tasks.put((((root / "ck").as_uri(), "pieces", None), task))
         watchdog = threading.Timer(WAIT_S, stop.set)
         watchdog.daemon = True
         watchdog.start()

@@ -54,6 +54,7 @@ def results_of(
         "output": config.output_path,
         "model": {"given": config.model, **model.identity},
         "device": model.device,
+        "engine": model.engine,
         "dimensions": model.dimensions,
         "batch": {"rows": config.batch_size or None, "tokens": model.token_budget, "device": model.device},
         "version": __version__,

@@ -134,6 +134,8 @@ class ModelInfo:
     dtype: str
     token_budget: int
     """Largest number of padded tokens in a batch."""
+    engine: str = "torch"
+    """What computes the vectors: name, version and precision."""
 
 
 # --- keys ----------------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """The model: texts to vectors.
 
 Read `encoder` first. `batches` decides which rows share a batch, `tokens` and `prefix` turn texts into token ids,
-`forward` runs one batch, `loading` finds and loads a model, `resolve` applies the settings to it.
+`forward` runs one batch by torch and `openvino` by OpenVINO, `engines` chooses between the two, `loading` finds and
+loads a model, `resolve` applies the settings to it.
 """
 
 from embed.data.chunks import STATUS_WORDS, Encoded, ModelInfo, Status
-from embed.model.encoder import BatchDone, Encoder, Stopped
+from embed.model.batches import BatchDone, Stopped
+from embed.model.encoder import Encoder
 
 __all__ = ["STATUS_WORDS", "BatchDone", "Encoded", "Encoder", "ModelInfo", "Status", "Stopped"]

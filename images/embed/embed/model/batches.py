@@ -11,10 +11,34 @@ fails at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
+from embed.data.chunks import Encoded
+
 GIB = 1024**3
+
+
+class Stopped(Exception):
+    """`should_stop` returned true between two batches."""
+
+    def __init__(self, partial: Encoded) -> None:
+        super().__init__("stopped between two batches")
+        self.partial = partial
+        """The vectors of the finished batches; the status of the other rows is PENDING."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchDone:
+    """One batch of a window is finished."""
+
+    rows: int
+    """0 for a batch that is computed again."""
+    tokens: int
+    padded_tokens: int
+    snapshot: Callable[[], Encoded]
+    """The window so far, as in `Stopped.partial`."""
 
 
 def longest_first(lengths: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -8,8 +8,9 @@ encoded = encoder.encode(window)                                 # vectors float
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +18,11 @@ import torch
 from embed.config import EmbedConfig
 from embed.data.chunks import PENDING, Encoded, ModelInfo, Status
 from embed.model import loading, resolve
-from embed.model.batches import default_token_budget, pack
+from embed.model.batches import BatchDone, Stopped, default_token_budget, pack
+from embed.model.engines import Engines
 from embed.model.forward import Engine, InFlight, cpu_name, is_out_of_memory
 from embed.model.resolve import NO_LIMIT
-from embed.model.tokens import Window, read_window, tokens_for
+from embed.model.tokens import FastTokens, Window, read_window, tokens_for
 from estiba.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -37,25 +39,8 @@ SENTENCES = (
 """Several scripts, since a model of one language may know no word of another."""
 
 
-class Stopped(Exception):
-    """`should_stop` returned true between two batches."""
-
-    def __init__(self, partial: Encoded) -> None:
-        super().__init__("stopped between two batches")
-        self.partial = partial
-        """The vectors of the finished batches; the status of the other rows is PENDING."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchDone:
-    """One batch of a window is finished."""
-
-    rows: int
-    """0 for a batch that is computed again."""
-    tokens: int
-    padded_tokens: int
-    snapshot: Callable[[], Encoded]
-    """The window so far, as in `Stopped.partial`."""
+CHECKED_ROWS = 16
+"""Rows of the two batches on which an engine is compared with torch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,10 +99,11 @@ class Encoder:
                 ", ..." if len(self.unknown_tokens) > 3 else "",
             )  # fmt: skip
         self._check_sentences()
+        digest = loading.digest(self._files.directory)
         self.identity = {
             "model": self._files.name,
             "commit": self._files.commit or "",
-            "digest": f"xxh3-128:{loading.digest(self._files.directory)}",
+            "digest": f"xxh3-128:{digest}",
             "dtype": self.dtype,
             "pooling": loading.pooling(model),
             "prompt": self.prompt,
@@ -126,14 +112,21 @@ class Encoder:
             "normalize": str(config.normalize).lower(),
             **loading.versions(),
         }
+        sample = self.tokenize([*SENTENCES, " ".join(SENTENCES * 2)])
+        rows = np.flatnonzero(sample.status == Status.OK)
+        is_own = isinstance(self._tokens, FastTokens) and not config.trust_remote_code
+        why_not = "" if is_own else "the model has code or a tokenizer of its own"
+        self._engines = Engines(config, self._engine, self._tokens.features(sample, rows, 1), digest, why_not)
+        self._use(self._engines.best())
+        self._checked_width = 0
 
     @property
     def computed_by(self) -> dict[str, str | int]:
         """What the last bits of a vector depend on, beside the model. Threads count on a CPU only."""
         is_cpu = self._engine.device.type == "cpu"
         return {
-            "engine": f"torch {torch.__version__}",
-            "dtype": self.dtype,
+            "engine": self._engine.version,
+            "dtype": self._engine.precision,
             "hardware": cpu_name() if is_cpu else torch.cuda.get_device_name(self._engine.device),
             "threads": torch.get_num_threads() if is_cpu else 0,
         }
@@ -146,7 +139,32 @@ class Encoder:
             device=self.device,
             dtype=self.dtype,
             token_budget=self.token_budget,
+            engine=f"{self._engine.version}, {self._engine.precision}",
         )
+
+    def continue_with(self, earlier: Mapping[str, Any]) -> None:
+        """Use the engine that computed the rows of an earlier attempt, if it runs here."""
+        engine = self._engines.of_earlier(self._engine, earlier)
+        if engine is not self._engine:
+            logger.info("continuing with %s, which computed the finished rows", engine.version)
+            self._use(engine)
+            self._checked_width = 0
+
+    def check_engine(self, window: Window) -> None:
+        """Compare with torch, and fall back if the vectors differ, when a window has a longer row than all before.
+
+        The two batches are the longest and the shortest: a traced model may be right for some lengths only.
+        """
+        rows = np.flatnonzero(window.status == Status.OK)
+        engine = self._engine
+        if engine is self._engines.reference or window.n_tokens.max(initial=0) <= self._checked_width:
+            return
+        self._checked_width = int(window.n_tokens.max())
+        batches = list(pack(window.n_tokens, rows, lambda: engine.token_budget, CHECKED_ROWS, engine.multiple))
+        features = [self._tokens.features(window, batch, engine.multiple) for batch in (batches[0], batches[-1])]
+        if not self._engines.agrees(engine, features):
+            precisions = [] if engine.is_exact else ["float32"]
+            self._use(self._engines.agreeing(precisions, features))
 
     def tokenize(self, texts: Sequence[str | bytes | None]) -> Window:
         """Classify and tokenise one window. Raises DataError on a value that is not text, bytes or None."""
@@ -192,10 +210,13 @@ class Encoder:
 
         work = _Work(window=window, vectors=vectors, done=done, snapshot=snapshot, on_batch=on_batch)
         invalid, padded_tokens = self._encode_rows(self._engine, work, rows, should_stop)
-        if len(invalid) and self._engine.dtype != torch.float32:
+        if len(invalid) and not self._engine.is_exact:
             # Half precision overflows on some texts with some models. Only these rows are computed again.
             logger.info(
-                "%d of %d vectors overflowed in %s; using float32 for them", len(invalid), len(rows), self.dtype
+                "%d of %d vectors overflowed in %s; using float32 for them",
+                len(invalid),
+                len(rows),
+                self._engine.precision,
             )
             invalid, more = self._encode_rows(self._float32_engine(), work, invalid, should_stop, is_again=True)
             padded_tokens += more
@@ -304,6 +325,8 @@ class Encoder:
 
     def _float32_engine(self) -> Engine:
         """The model loaded again from its files, with exact weights; on the CPU if the device cannot hold both."""
+        if self._engine.precision != self.dtype:  # OpenVINO with faster products
+            return self._engines.reference
         if "float32" not in self._fallback_engines:
             try:
                 engine = self._load(self._engine.device, torch.float32)

@@ -42,7 +42,9 @@ class InFlight:
 
 
 class Engine:
-    """A model on a device, and the token budget of its batches."""
+    """A model on a device, and the token budget of its batches. This one runs it by torch."""
+
+    kind = "torch"
 
     def __init__(
         self,
@@ -61,24 +63,26 @@ class Engine:
         self.multiple = (
             8 if device.type == "cuda" and dtype != torch.float32 else 1
         )  # tensor cores work in multiples of eight
-        self._normalize = normalize
-        self._dimensions = dimensions
+        self.normalize = normalize
+        self.dimensions = dimensions
+        self.precision = str(dtype).removeprefix("torch.")
+        """Of the products; the weights have `dtype`."""
+        self.version = f"torch {torch.__version__}"
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether a row that overflows would overflow in float32 too."""
+        return self.dtype == torch.float32
 
     def launch(self, features: Features, rows: np.ndarray) -> InFlight:
         """Start one batch. On CUDA this returns before the vectors are computed. Raises torch.OutOfMemoryError."""
         padded_tokens = _padded_tokens(features)
         on_device = {key: self._to_device(value) for key, value in features.items()}
         with torch.inference_mode():
-            output = self.model(on_device, task=TASK)
-            if "sentence_embedding" not in output:
-                raise ConfigError(
-                    f"the model gives no vector of a text, only {', '.join(sorted(map(str, output)))}; pass a "
-                    "SentenceTransformer model, whose modules end with a pooling"
-                )
-            vectors_BD = output["sentence_embedding"].float()
-            if self._dimensions is not None:
-                vectors_BD = vectors_BD[:, : self._dimensions]
-            if self._normalize:  # a zero vector stays zero: divided by 1e-12, not by 0
+            vectors_BD = self.forward(on_device).float()
+            if self.dimensions is not None:
+                vectors_BD = vectors_BD[:, : self.dimensions]
+            if self.normalize:  # a zero vector stays zero: divided by 1e-12, not by 0
                 vectors_BD = torch.nn.functional.normalize(vectors_BD, p=2, dim=1)
             copied = None
             if self.device.type == "cuda":
@@ -88,6 +92,16 @@ class Engine:
                 copied.record(torch.cuda.current_stream(self.device))
                 vectors_BD = on_host_BD
         return InFlight(rows=rows, vectors_BD=vectors_BD, copied=copied, padded_tokens=padded_tokens)
+
+    def forward(self, features: Features) -> torch.Tensor:
+        """The model's output for one batch: [B, full width], in its precision."""
+        output = self.model(features, task=TASK)
+        if "sentence_embedding" not in output:
+            raise ConfigError(
+                f"the model gives no vector of a text, only {', '.join(sorted(map(str, output)))}; pass a "
+                "SentenceTransformer model, whose modules end with a pooling"
+            )
+        return output["sentence_embedding"]  # type: ignore[no-any-return]
 
     def _to_device(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or self.device.type == "cpu":
@@ -111,7 +125,7 @@ class Engine:
     def invalid(self, vectors_BD: np.ndarray) -> np.ndarray:
         """bool[B]: the vector is not finite, or should have unit length and does not (a zero vector, say)."""
         invalid = ~np.isfinite(vectors_BD).all(axis=1)
-        if self._normalize:
+        if self.normalize:
             with np.errstate(invalid="ignore", over="ignore"):
                 norms = np.sqrt(np.einsum("bd,bd->b", vectors_BD, vectors_BD))
                 invalid |= ~(np.abs(norms - 1) <= UNIT_NORM_TOLERANCE)
@@ -122,7 +136,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """True for an error of the device's allocator, of cuBLAS's workspace, or of the host's allocator."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    markers = ("CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
+    markers = ("CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator", "bad_alloc", "could not allocate memory")
     return isinstance(error, RuntimeError) and any(marker in str(error) for marker in markers)
 
 

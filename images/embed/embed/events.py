@@ -1,0 +1,63 @@
+"""What a worker tells about its work. Events cross processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from embed.data.chunks import RowRange
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkSaved:
+    """A worker made the vectors of some rows durable."""
+
+    path: str
+    row_range: RowRange
+    name: str
+    size_bytes: int
+    resumed: int
+    """Rows of a partial chunk of an earlier attempt."""
+    rest: int
+    """Rows that were neither in a batch nor resumed, such as empty ones."""
+    partial_key: str
+    """The key of the partial chunk that this one replaces."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsComputed:
+    """A worker finished a batch. It is not durable yet."""
+
+    path: str
+    rows: int
+    tokens: int
+    padded_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartialSaved:
+    """A worker made the finished batches of a row range durable."""
+
+    key: str
+    name: str
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileBroken:
+    """A worker found a file that cannot be read to its end."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskDone:
+    """The chunks of a task are saved, or its file cannot be read."""
+
+    path: str
+    row_group: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    """What the stages of the worker's pipeline took since its last task."""
+
+
+Event = ChunkSaved | FileBroken | PartialSaved | RowsComputed | TaskDone
