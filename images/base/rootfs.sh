@@ -71,12 +71,15 @@ from_registry() {
     return 1
 }
 
-# Lines "suite|URI|keyring or something without a slash" of this machine's own apt sources, for the wanted suites.
+# Lines "suite|URI|keyring or something without a slash" of this machine's own apt sources, for the wanted suites. Its package
+# lists are fetched into a folder of their own: those of the machine may be half there, while somebody else updates them.
 sources_here() {
-    # apt lists its sources only after an update
-    [ -n "$(apt-get indextargets 2>/dev/null)" ] || as_root apt-get -q update >/dev/null 2>&1 || true
+    local lists="$work/lists"
+    mkdir -p "$lists/partial"
+    local apt=(apt-get -q -o Dir::State::lists="$lists" -o APT::Sandbox::User=root -o Debug::NoLocking=1)
+    as_root "${apt[@]}" update >/dev/null 2>&1 || true
     # shellcheck disable=SC2016 # the dollars are apt's
-    apt-get indextargets --format '$(RELEASE)|$(REPO_URI)|$(SIGNED_BY)' 'Created-By: Packages' | sort -u |
+    "${apt[@]}" indextargets --format '$(RELEASE)|$(REPO_URI)|$(SIGNED_BY)' 'Created-By: Packages' | sort -u |
         grep -E "^(${SUITES// /|})\|" || true
 }
 
