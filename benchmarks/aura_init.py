@@ -17,19 +17,16 @@ never worse than 0.02 everywhere, at any width and seed.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from datetime import date
 from pathlib import Path
 from typing import Any
+
+from document import goal, publish
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY, LAYERS, SEQ_LENGTH, BATCH, PEAK, WARMUP = 2048, 3, 64, 4, 2e-3, 12
@@ -178,31 +175,13 @@ def report(losses: dict[str, dict[str, float]], options: argparse.Namespace) -> 
     for name, values in differences.items():
         print(f"{name:<42}{sum(values) / len(values):>8.3f}{max(values):>8.3f}")
     worst = round(max(differences[OURS]), 4)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    document = {
-        "benchmark": "aura_init",
-        "hardware": f"{os.cpu_count()} cores, {cpu()}",
-        "date": date.today().isoformat(),
-        "commit": commit.strip(),
-        "results": {
-            "validation_loss": losses,
-            "worst_difference_from_0.02": {name: round(max(values), 4) for name, values in differences.items()},
-            "steps": options.steps,
-            "peak": options.peak,
-        },
-        "goals": [
-            {"name": "ours less 0.02 everywhere, worst of all", "value": worst, "goal": "<=0.0", "met": worst <= 0.0}
-        ],
+    results = {
+        "validation_loss": losses,
+        "worst_difference_from_0.02": {name: round(max(values), 4) for name, values in differences.items()},
+        "steps": options.steps,
+        "peak": options.peak,
     }
-    print(json.dumps(document))
-
-
-def cpu() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.machine()
+    publish("aura_init", results, [goal("ours less 0.02 everywhere, worst of all", worst, "<=0")])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -41,6 +42,25 @@ class HostError(LaunchError):
 
 class AwsUnavailable(HostError):
     """AWS is unreachable, rejects the credentials, or refuses the call. The job file may be valid."""
+
+
+_DISK_REMEDIES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EACCES: "correct the permissions",
+    errno.EPERM: "correct the permissions",
+    errno.EROFS: "mount it for writing",
+    errno.ENAMETOOLONG: "a file's name may have 255 bytes there",
+    errno.EEXIST: "move away what is there already",
+    errno.EISDIR: "move away the directory of that name",
+    errno.ENOTDIR: "move away the file that is in the place of a directory",
+}
+
+
+def disk_error(error: OSError) -> str:
+    """Return what the disk refused, and the remedy."""
+    remedy = _DISK_REMEDIES.get(error.errno or 0, "make room or correct the permissions")
+    return f"{error.strerror or error}; {remedy}"
 
 
 VALUE_SHOWN_CHARS = 100

@@ -91,3 +91,10 @@ def test_only_the_registry_compares_the_kind_of_a_target() -> None:
         for line in compares_kind(ast.parse(path.read_text("utf-8")), kinds)
     ]
     assert found == []
+
+
+def test_no_two_test_files_that_run_together_have_one_name() -> None:
+    """Inside an image pytest imports them by name: those of all images, and those of the image."""
+    shared = {path.name for path in (ROOT / "tests/images").glob("test_*.py")}
+    own = {path.relative_to(ROOT): path.name for path in (ROOT / "tests/images").glob("*/test_*.py")}
+    assert [str(path) for path, name in own.items() if name in shared] == []

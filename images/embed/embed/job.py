@@ -79,6 +79,7 @@ def embed(config: EmbedConfig, job: Job, stop: Stop) -> None:
             model += f"--batch-size {config.batch_size}: {batches_of(config, pool.model)}"
             logger.info(state.summary(found.ignored, is_resumed, model))
             compute(state, pool, job, stop)
+            computed = time.monotonic()
         finally:
             pool.close()
         state.finish()
@@ -96,6 +97,7 @@ def embed(config: EmbedConfig, job: Job, stop: Stop) -> None:
             stale=old,
             started=started,
             loaded=loaded,
+            computed=computed,
         )
     name = "results.json" if job.host_count == 1 else f"results-{job.current_host}.json"
     target.write(name, (json.dumps(results, indent=2, ensure_ascii=True) + "\n").encode())
@@ -290,10 +292,9 @@ def compute(state: JobState, pool: InProcess | MultiProcess, job: Job, stop: Sto
     state.progress = progress
     try:
         for _ in range(PASSES):
+            earlier = state.computed_by() if state.config.engine == "auto" else None
             if tasks := state.tasks():
-                pool.run(
-                    tasks, state.chunks, state.on_event, lambda: stop() or state.error is not None, state.computed_by()
-                )
+                pool.run(tasks, state.chunks, state.on_event, lambda: stop() or state.error is not None, earlier)
             state.join(stop)
             if stop():
                 raise stop.interrupted(state.what_is_saved())

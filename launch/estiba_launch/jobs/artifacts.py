@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from estiba_launch.errors import HostError, LaunchError
+from estiba_launch.errors import HostError, LaunchError, disk_error
 from estiba_launch.jobs.archive import unpack
 from estiba_launch.jobs.keys import paths_below
 from estiba_launch.jobs.links import Found, InContainer, follow
@@ -109,7 +109,8 @@ def upload(
         open_store(parent).put(archive, name)
     except (OSError, tarfile.TarError) as error:
         left = hosts[0][FOLDERS[what]]
-        raise HostError(f"{archive}: {error}; make room, the files are still in {left}") from error
+        reason = disk_error(error) if isinstance(error, OSError) else error
+        raise HostError(f"{archive}: {reason}; the files are still in {left}") from error
     finally:
         archive.unlink(missing_ok=True)
     return address

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from estiba_launch.errors import AwsUnavailable, HostError
+from estiba_launch.errors import AwsUnavailable, HostError, disk_error
 from estiba_launch.jobs.keys import paths_below, shown
 from estiba_launch.jobs.mirror import KeyRefused, Stored
 
@@ -43,7 +43,7 @@ def disk_errors(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise HostError(f"{what}: {error.strerror or error}; make room or correct the permissions") from error
+        raise HostError(f"{what}: {disk_error(error)}") from error
 
 
 def aws_errors() -> tuple[type[Exception], ...]:

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
-from estiba_launch.errors import HostError
+from estiba_launch.errors import HostError, disk_error
 from estiba_launch.jobs.keys import shown
 from estiba_launch.jobs.mirror import PART, KeyRefused, Stored, walk
 from estiba_launch.jobs.s3 import S3Store, disk_errors
@@ -158,8 +158,7 @@ class FileStore:
         except OSError as error:
             one = error.errno in ABOUT_THE_KEY and self.root.is_dir() and os.access(self.root, os.W_OK)
             kind = KeyRefused if one else HostError
-            what = f"{self.uri}/{shown(key)}: {error.strerror or error}"
-            raise kind(f"{what}; make room or correct the permissions") from error
+            raise kind(f"{self.uri}/{shown(key)}: {disk_error(error)}") from error
 
     def delete(self, key: str) -> None:
         with self._key_errors(key):

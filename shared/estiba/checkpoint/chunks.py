@@ -49,7 +49,7 @@ class ChunkStore:
 
     def keys(self, below: str = "") -> list[str]:
         """Return the keys that start with `below`, sorted. Listed once; this process's commits are added."""
-        return sorted(key for key in self._names if key.startswith(below))
+        return sorted(key for key in list(self._names) if key.startswith(below))
 
     def commit(self, key: str, data: bytes) -> str:
         """Write one chunk durably, replacing any chunk of the same key. Returns its path in the store."""
@@ -84,7 +84,7 @@ class ChunkStore:
         if problem is None:
             return data
         logger.warning(f"{self.store.url_of(path)}: {problem}; quarantined, this chunk is computed again")
-        del self._names[key]
+        self._names.pop(key, None)
         with contextlib.suppress(StoreError):
             self.store.rename(path, path + ".bad")
         return None

@@ -134,13 +134,13 @@ def engines_of(root: Path, row_groups: list[int]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("first", ["torch", "openvino"])
 def test_a_resume_keeps_its_engine_where_that_runs(root, inputs, tiny_model, monkeypatch, first):
-    """Interrupted with one engine and resumed with the default: the same bytes as without an interruption."""
+    """Interrupted with one engine and resumed with auto: the same bytes as without an interruption."""
     texts = [f"barco {index} " * (1 + index % 40) for index in range(400)]
     pq.write_table(pa.table({"texto": texts}), inputs / "a.parquet", row_group_size=100)
     whole = {"output_path": str(root / "whole"), "checkpoint_path": str(root / "other")}
     run(tiny_model, batch_size=32, engine=first, **whole)
     interrupt(monkeypatch, tiny_model, engine=first)
-    results = run(tiny_model, batch_size=32)
+    results = run(tiny_model, batch_size=32, engine="auto")
     assert results["rows"]["resumed"] > 0
     assert compare(root / "whole", root / "output/data") == []
     assert [engine["engine"].split()[0] for engine in engines_of(root, [0, 4])] == [first]
@@ -161,7 +161,7 @@ def test_where_the_engine_of_a_resume_does_not_run_the_other_rows_use_another_on
     pq.write_table(pa.table({"texto": texts}), inputs / "a.parquet", row_group_size=100)
     interrupt(monkeypatch, tiny_model, engine="openvino")
     monkeypatch.setattr(engines, "is_installed", lambda: False)
-    results = run(tiny_model, batch_size=32)
+    results = run(tiny_model, batch_size=32, engine="auto")
     assert results["rows"]["resumed"] > 0 and results["rows"]["embedded"] == 400
     entries = json.loads(pq.read_metadata(root / "output/data/a.parquet").metadata[b"estiba.computed_by"])
     kinds = {engine["engine"].split()[0] for entry in entries for engine in entry["engines"]}

@@ -26,13 +26,14 @@ def results_of(
     stale: list[OldOutput],
     started: float,
     loaded: float,
+    computed: float,
 ) -> dict[str, Any]:
     """The document as JSON types. Counts cover all attempts; rates and times only this one.
 
-    `started` and `loaded` are readings of time.monotonic().
+    `started`, `loaded` and `computed` are readings of time.monotonic(). Rates do not count the time in which worker
+    processes end.
     """
-    now = time.monotonic()
-    total_s, compute_s = now - started, now - loaded
+    total_s, compute_s = time.monotonic() - started, computed - loaded
     states = Counter(item.state for item in state.files.values())
     counts = [item.written.counts for item in state.files.values() if item.written is not None]
     statuses: Counter[str] = Counter()

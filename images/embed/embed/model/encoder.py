@@ -21,6 +21,7 @@ from embed.model import loading, resolve
 from embed.model.batches import BatchDone, Stopped, default_token_budget, pack
 from embed.model.engines import Engines
 from embed.model.forward import Engine, InFlight, cpu_name, is_out_of_memory
+from embed.model.openvino import EngineError
 from embed.model.resolve import NO_LIMIT
 from embed.model.tokens import FastTokens, Window, read_window, tokens_for
 from estiba.errors import ConfigError, DataError
@@ -114,10 +115,12 @@ class Encoder:
         }
         sample = self.tokenize([*SENTENCES, " ".join(SENTENCES * 2)])
         rows = np.flatnonzero(sample.status == Status.OK)
-        is_own = isinstance(self._tokens, FastTokens) and not config.trust_remote_code
-        why_not = "" if is_own else "the model has code or a tokenizer of its own"
+        why_not = "" if isinstance(self._tokens, FastTokens) else "the model has a tokenizer of its own"
+        why_not = "--trust-remote-code is set" if config.trust_remote_code else why_not
         self._engines = Engines(config, self._engine, self._tokens.features(sample, rows, 1), digest, why_not)
         self._use(self._engines.best())
+        if self._engine.precision != self.dtype:
+            self.identity["products"] = self._engine.precision  # so that float32 does not take them for its own
         self._checked_width = 0
 
     @property
@@ -276,6 +279,8 @@ class Encoder:
         """None if memory ran out. The exception, whose frames hold the tensors, is freed when this returns."""
         try:
             return engine.launch(self._tokens.features(window, batch, engine.multiple), batch)
+        except EngineError as error:
+            raise DataError(f"{engine.version} cannot compute a batch ({error}); pass --engine torch") from error
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not is_out_of_memory(error):
                 raise

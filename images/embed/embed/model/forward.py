@@ -66,7 +66,7 @@ class Engine:
         self.normalize = normalize
         self.dimensions = dimensions
         self.precision = str(dtype).removeprefix("torch.")
-        """Of the products; the weights have `dtype`."""
+        """Precision of the matrix products; the weights have `dtype`."""
         self.version = f"torch {torch.__version__}"
 
     @property

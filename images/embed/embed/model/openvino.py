@@ -2,12 +2,13 @@
 thread, AVX-512), in bfloat16 several times as many where the CPU has that.
 
 The converted model is kept in the model cache (HF_HOME) under the digest of the model's files. OpenVINO's reader of
-torch modules reports each use to its makers unless its package openvino-telemetry is absent; here it always is.
+torch modules would report each use to its makers by the package openvino-telemetry, which `runtime` keeps from it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import re
@@ -22,23 +23,27 @@ from typing import Any
 
 import huggingface_hub
 import torch
-import transformers
 import xxhash
 
 from embed.model.forward import Engine
 from embed.model.tokens import TASK, Features
+from estiba.memory import available_memory_bytes
 
 logger = logging.getLogger(__name__)
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 ROPE = ("rope_parameters", "rope_scaling")
 """Where a configuration names the kind of its rotary positions."""
-MEMORY_FACTOR = 4
-"""While it is converted, a model takes about this many times the memory of its weights."""
+CONVERTING_FACTOR, READING_FACTOR = 4, 2
+"""Times the memory of its weights that a model takes while it is converted, or read from the cache."""
 
 
 class NotConvertible(Exception):
     """Why a model cannot be run by OpenVINO here."""
+
+
+class EngineError(Exception):
+    """What OpenVINO said of a batch that it cannot compute: a traced model may hold the length of its sample."""
 
 
 def is_installed() -> bool:
@@ -102,7 +107,10 @@ class OpenVinoEngine(Engine):
 
     def forward(self, features: Features) -> torch.Tensor:
         inputs = [features[name].numpy() for name in INPUTS if name in features]
-        output = self._compiled(inputs)[0]
+        try:
+            output = self._compiled(inputs)[0]
+        except RuntimeError as error:
+            raise EngineError(" ".join(str(error).split())[:200]) from error
         return torch.from_numpy(output.copy())  # the next batch overwrites it
 
 
@@ -133,17 +141,21 @@ def _converted(model: Any, sample: Features, digest: str) -> Any:
     config = getattr(getattr(model, "transformers_model", None), "config", None)
     if re.search(r"'(dynamic|longrope)'", repr([getattr(config, name, None) for name in ROPE])):
         raise NotConvertible("its positions depend on the length of the text")
-    versions = f"{version('openvino')}\0{torch.__version__}\0{transformers.__version__}"
+    libraries = ("openvino", "torch", "transformers", "sentence-transformers")
+    versions = "\0".join(version(name) for name in libraries)
     key = xxhash.xxh3_128_hexdigest(f"{digest}\0{versions}\0{sorted(tensors)}\0{sorted(constants.items())!r}".encode())
     path = Path(huggingface_hub.constants.HF_HOME) / "estiba-openvino" / f"{key}.xml"
-    if path.is_file():
-        with contextlib.suppress(Exception):  # a damaged one is made again
-            return openvino.Core().read_model(path)
     weights = sum(item.numel() * item.element_size() for item in model.parameters())
-    if weights * MEMORY_FACTOR > (free := _free_memory()):
-        raise NotConvertible(
-            f"converting it needs about {weights * MEMORY_FACTOR >> 20} MiB, and {free >> 20} are free"
-        )
+    with _only_one(path):  # of several workers, the others find the conversion of the first
+        if path.is_file():
+            _check_memory(weights * READING_FACTOR)
+            with contextlib.suppress(Exception):  # a damaged one is made again
+                return openvino.Core().read_model(path)
+        _check_memory(weights * CONVERTING_FACTOR)
+        return _saved(_convert(model, tensors, constants), path, weights)
+
+
+def _convert(model: Any, tensors: Features, constants: dict[str, Any]) -> Any:
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
@@ -154,7 +166,7 @@ def _converted(model: Any, sample: Features, digest: str) -> Any:
     order = [name for name in INPUTS if name in tensors]
     if [item.get_any_name() for item in made.inputs] != order:
         raise NotConvertible("its inputs changed their order")
-    return _saved(made, path, weights)
+    return made
 
 
 def _saved(model: Any, path: Path, size_bytes: int) -> Any:
@@ -166,25 +178,34 @@ def _saved(model: Any, path: Path, size_bytes: int) -> Any:
     with contextlib.suppress(OSError, RuntimeError):
         path.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(path.parent).free > 3 * size_bytes:
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                openvino.save_model(model, Path(folder) / path.name, compress_to_fp16=False)
-                for suffix in (".bin", ".xml"):  # the one that is looked for last
-                    os.replace((Path(folder) / path.name).with_suffix(suffix), path.with_suffix(suffix))
+            beside = path.with_suffix(".new")
+            shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
+            beside.mkdir()
+            openvino.save_model(model, beside / path.name, compress_to_fp16=False)
+            for suffix in (".bin", ".xml"):  # the one that is looked for last
+                os.replace((beside / path.name).with_suffix(suffix), path.with_suffix(suffix))
+            beside.rmdir()
             return openvino.Core().read_model(path)
     with tempfile.TemporaryDirectory() as folder:  # the file is mapped, and its blocks live as long as the model
         openvino.save_model(model, Path(folder) / path.name, compress_to_fp16=False)
         return openvino.Core().read_model(Path(folder) / path.name)
 
 
-def _free_memory() -> int:
-    """Bytes that this host or container has left (cgroup v2)."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
-    with contextlib.suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())  # "max" raises ValueError
-        free = min(free, limit - int((group / "memory.current").read_text()))
-    return free
+def _check_memory(needed: int) -> None:
+    """Raises NotConvertible if fewer bytes than needed are left to this machine or container."""
+    free = available_memory_bytes()
+    if free is not None and needed > free:
+        raise NotConvertible(f"it needs about {needed >> 20} MiB, and {free >> 20} are free")
+
+
+@contextlib.contextmanager
+def _only_one(path: Path) -> Iterator[None]:
+    """One process at a time, where the directory of the cache can be written."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context((path.parent / "lock").open("w")), fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from estiba_launch.errors import HostError
+from estiba_launch.errors import HostError, disk_error
 from estiba_launch.jobs.inputs import files, objects
 from estiba_launch.jobs.keys import paths_below
 from estiba_launch.jobs.links import stays_inside
@@ -38,7 +38,7 @@ def place(channel: ChannelSource, host: Host, cluster: list[Host], root: Path, *
     try:
         _fetch(channel, keys, folder, link=not own)
     except OSError as error:
-        raise HostError(f"channel {channel.name}: {error.strerror or error} at {folder}; make room there") from error
+        raise HostError(f"channel {channel.name} at {folder}: {disk_error(error)}") from error
     return Mount(source=folder, target=target, read_only=not own)
 
 
