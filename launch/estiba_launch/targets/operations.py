@@ -41,7 +41,7 @@ def start(submission: Submission, report: Report = lambda _: None) -> None:
     """Start a job. Raises LaunchError when it cannot be started, or its name is taken."""
     target = target_of(submission.target)
     directory.refuse_known(submission.name)
-    artifacts.refuse_unwritable(submission.request)
+    artifacts.refuse_unwritable(submission.request, runs_here=submission.target.runs_here)
     for upload in submission.job.uploads:
         send(upload, report)
     target.submit(submission, report=report)
