@@ -136,6 +136,15 @@ def test_a_host_that_does_not_answer_leaves_what_was_last_known(tmp_path, monkey
     assert found.unreachable and "cannot be reached" in found.unreachable
 
 
+def test_a_machine_without_an_ssh_client_lists_what_was_last_known_of_remote_jobs(monkeypatch):
+    monkeypatch.setenv("ESTIBA_SSH", "/nonexistent/ssh")
+    record("here")
+    record("there", HOST)
+    here, there = operations.list_jobs()
+    assert here.unreachable is None
+    assert there.unreachable == "/nonexistent/ssh: not found; install the OpenSSH client"
+
+
 def test_aws_is_asked_by_pages_of_100_for_500_running_jobs(account, tmp_path):
     names = [f"job-{number:03}" for number in range(COUNT)]
     for name in names:

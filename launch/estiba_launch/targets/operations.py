@@ -249,6 +249,9 @@ def _listed(target: Target, filters: ListFilters, report: Report) -> list[JobSta
     """The status of jobs of one target. Halves what it asks for until it has found the record that is damaged."""
     try:
         return list(target.list(filters))
+    except LaunchError as error:
+        # This machine cannot ask: it has no ssh client.
+        return [target.recorded(name, unreachable=str(error)) for name in filters.names]
     except DAMAGED as error:
         names = filters.names
         if len(names) == 1:
