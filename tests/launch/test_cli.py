@@ -17,6 +17,7 @@ from estiba_launch.jobs import artifacts
 from estiba_launch.jobs.status import JobStatus
 from estiba_launch.request import jobfile
 from estiba_launch.targets import operations, registry
+from estiba_launch.targets.ssh.target import SshTarget
 
 ROOT = Path(__file__).parents[2]
 EMBED = str(ROOT / "images/embed/job.yaml")
@@ -107,6 +108,22 @@ def test_results_that_could_not_be_stored_are_refused_before_hours_of_work(place
     field = "OutputDataConfig.S3OutputPath" if name == "OUTPUT_URI" else "CheckpointConfig.S3Uri"
     assert f"{field}: file://" in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize("command", [("plan",), ("run", "--yes", "--detach")])
+def test_a_remote_job_needs_this_machine_for_its_checkpoints_alone(command, demo_data, tmp_path, monkeypatch):
+    started: list[str] = []
+    monkeypatch.setattr(SshTarget, "submit", lambda _, submission, **__: started.append(submission.name))
+    (tmp_path / "file").write_text("")
+    verb, *flags = command
+    words = (verb, EMBED, "--target", "ssh://user@203.0.113.7", *flags, "--set")
+    result = call(*words, f"OUTPUT_URI=file://{tmp_path}/file/out")
+    assert result.exit_code == 0, result.stderr
+    assert len(started) == (verb == "run")
+    result = call(*words, f"CHECKPOINT_URI=file://{tmp_path}/file/checkpoints")
+    assert result.exit_code == 2
+    assert f"CheckpointConfig.S3Uri: file://{tmp_path}/file/checkpoints" in result.stderr
+    assert len(started) == (verb == "run")
 
 
 def test_an_input_that_cannot_be_read_is_named(demo_data, monkeypatch):

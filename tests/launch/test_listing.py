@@ -22,6 +22,9 @@ from fake_ssh import FakeSsh
 
 COUNT = 500
 HOST = "ssh://user@203.0.113.7"
+NO_TIME = '{"TrainingJobName": "bad", "TrainingJobStatus": "InProgress"}'
+NULL_EXTRA = '{"TrainingJobName": "bad", "TrainingJobStatus": "Failed", "Estiba": null}'
+WRONG_EXTRA = '{"TrainingJobName": "bad", "TrainingJobStatus": "Failed", "Estiba": {"Attempts": [1]}}'
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +136,15 @@ def test_a_host_that_does_not_answer_leaves_what_was_last_known(tmp_path, monkey
     assert found.unreachable and "cannot be reached" in found.unreachable
 
 
+def test_a_machine_without_an_ssh_client_lists_what_was_last_known_of_remote_jobs(monkeypatch):
+    monkeypatch.setenv("ESTIBA_SSH", "/nonexistent/ssh")
+    record("here")
+    record("there", HOST)
+    here, there = operations.list_jobs()
+    assert here.unreachable is None
+    assert there.unreachable == "/nonexistent/ssh: not found; install the OpenSSH client"
+
+
 def test_aws_is_asked_by_pages_of_100_for_500_running_jobs(account, tmp_path):
     names = [f"job-{number:03}" for number in range(COUNT)]
     for name in names:
@@ -205,6 +217,10 @@ def test_an_aws_that_does_not_answer_leaves_what_was_last_known(account, monkeyp
         ("describe.json", "[]", "describe.json: not a job's record; remove"),
         ("describe.json", None, "describe.json: not a job's record; remove"),
         ("describe.json", '{"TrainingJobName": "good", "TrainingJobStatus": "Failed"}', "its record is that of good"),
+        ("describe.json", NULL_EXTRA, "describe.json: not a job's record; remove"),
+        ("describe.json", WRONG_EXTRA, "its record is damaged (TypeError: "),
+        (TARGET, "{}", "its record is damaged (KeyError: 'target')"),
+        (TARGET, "[]", "its record is damaged (TypeError: "),
         (TARGET, '{"target": "moon"}', "--target 'moon': unknown"),
     ],
 )
@@ -214,7 +230,47 @@ def test_one_record_that_cannot_be_read_hides_no_other_job(file, text, message):
     (folder / file).unlink(missing_ok=True)
     if text is not None:
         (folder / file).write_text(text)
+    only_good_is_listed(message)
+
+
+def only_good_is_listed(message: str) -> None:
     warnings: list[str] = []
     assert [one.name for one in operations.list_jobs(warnings.append)] == ["good"]
     (warning,) = warnings
     assert warning.startswith("warning: bad: ") and message in warning
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("describe.json", None, "describe.json: not a job's record; remove"),
+        ("describe.json", "{}", "describe.json: not a job's record; remove"),
+        ("describe.json", NO_TIME, "its record is damaged (ValueError: Invalid isoformat string"),
+        (TARGET, '{"target": "sagemaker"}', "its record is damaged (KeyError: 'region')"),
+    ],
+)
+def test_one_bad_record_of_sagemaker_hides_no_other_job(file, text, message, account):
+    for name in ("good", "bad"):
+        record_job(name, request_of(name), "us-east-1", "arn")
+    account.page(["good"], "InProgress")
+    path = directory.job_dir("bad") / file
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+    only_good_is_listed(message)
+    account.stub.assert_no_pending_responses()
+
+
+def test_one_record_that_this_user_may_not_read_hides_no_other_job(monkeypatch):
+    record("good")
+    closed = record("bad") / "describe.json"
+    real = Path.read_text
+
+    def read_text(path: Path, *rest: Any) -> str:
+        if path == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *rest)
+
+    # Root, who may run this test, reads every file.
+    monkeypatch.setattr(Path, "read_text", read_text)
+    only_good_is_listed(f"Permission denied: '{closed}'); correct its permissions")

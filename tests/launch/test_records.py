@@ -319,5 +319,6 @@ def test_a_start_on_a_full_disk_is_named_and_leaves_the_name_free(kind, monkeypa
 def test_a_directory_that_a_killed_start_left_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("ESTIBA_STATE", str(tmp_path / "state"))
     folder = directory.create("cut")
-    with pytest.raises(LaunchError, match=f"cut: a start under this name goes on, or was cut off.*{folder}"):
+    message = f"cut: a job of this name is being started, or its start was interrupted; .* remove {folder}"
+    with pytest.raises(LaunchError, match=message):
         directory.refuse_known("cut")

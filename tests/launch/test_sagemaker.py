@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import io
 import json
+import os
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -248,6 +250,21 @@ def test_a_job_started_elsewhere_can_be_known_here(moto, tmp_path):
     assert call("status", "embed-golden").exit_code == 2
     assert call("status", "embed-golden", "--target", "sagemaker").exit_code == 0
     assert call("status", "embed-golden").exit_code == 0
+
+
+def test_a_job_that_a_full_disk_leaves_unrecorded_is_said_to_run_and_can_be_recorded(moto):
+    start = ("run", str(EMBED), "--target", "sagemaker", "--yes", "--detach", *words(VALUES))
+    with pytest.MonkeyPatch.context() as disk:
+        disk.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        failed = call(*start)
+    assert failed.exit_code == 2
+    assert "No space left on device; make room" in failed.stderr
+    found = re.search(r"(arn:aws:sagemaker:\S+) was started and is running; `estiba (.*)` records it", failed.stderr)
+    assert found, failed.stderr
+    assert found[1].endswith("training-job/embed-golden")
+    assert state.job_names() == []
+    assert call(*found[2].split()).exit_code == 0
+    assert state.job_names() == ["embed-golden"]
 
 
 def test_a_role_is_given_by_name_or_arn(moto, monkeypatch):

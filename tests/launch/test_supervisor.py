@@ -10,11 +10,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import boto3
 import pytest
+from botocore.endpoint import Endpoint
+from botocore.exceptions import ReadTimeoutError
+from moto import mock_aws
 
 from estiba_launch.errors import HostError, LaunchError
 from estiba_launch.jobs import artifacts, control
 from estiba_launch.jobs.directory import REQUEST, create, write_json
+from estiba_launch.jobs.logs import LOG
 from estiba_launch.jobs.options import SubmitOptions
 from estiba_launch.jobs.record import Record
 from estiba_launch.jobs.sync import CheckpointSync
@@ -173,6 +178,27 @@ def test_max_runtime_holds_while_inputs_download(desk, silent_s3):
     desk.request["StoppingCondition"] = {"MaxRuntimeInSeconds": 1, "MaxWaitTimeInSeconds": 100}
     desk.start().join(20)
     assert (desk.document["SecondaryStatus"], desk.engine.started) == ("MaxRuntimeExceeded", [])
+
+
+def test_the_log_says_once_that_s3_does_not_answer_while_checkpoints_are_synced(desk, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    answer = Endpoint._do_get_response
+    silent = [ReadTimeoutError(endpoint_url="http://s3")] * 3
+
+    def answer_late(self: Endpoint, *call: Any) -> Any:
+        return (None, silent.pop()) if silent else answer(self, *call)
+
+    desk.request["CheckpointConfig"] = {"S3Uri": "s3://bucket/checkpoints"}
+    with mock_aws():
+        boto3.client("s3").create_bucket(Bucket="bucket")
+        monkeypatch.setattr(Endpoint, "_do_get_response", answer_late)
+        desk.start().join()
+    assert desk.document["TrainingJobStatus"] == "Completed"
+    marks = [line for line in (desk.dir / LOG).read_text().splitlines() if "S3 does not answer, trying again" in line]
+    assert not silent and len(marks) == 1
+    assert "checkpoints: S3 does not answer, trying again: Read timeout on endpoint URL" in marks[0]
 
 
 @pytest.mark.parametrize("what", ["the image is pulled", "checkpoints are restored"])

@@ -131,7 +131,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     def wrapped(**values: Any) -> None:
         try:
             with process.graceful_interrupt():
-                _refuse_endless(values)
+                _refuse_non_finite(values)
                 for one in parameters:
                     if one.name in groups:
                         group = {option.name: values.pop(option.name) for option in groups[one.name]}
@@ -157,7 +157,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def _refuse_endless(values: dict[str, Any]) -> None:
+def _refuse_non_finite(values: dict[str, Any]) -> None:
     for name, value in values.items():
         # A limit of NaN would never be reached, since every comparison with it is false.
         if isinstance(value, float) and not math.isfinite(value):

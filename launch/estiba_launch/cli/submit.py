@@ -79,7 +79,7 @@ def plan(
             print(submission.render(), end="", flush=True)
         # A submission that is only printed may run on another machine, which has the data.
         reads_here = registry.target_of(address).can(Capability.SUBMIT) and not address.on_aws
-        missing = list(inputs.local_problems(loaded.request)) if reads_here else []
+        missing = list(inputs.local_problems(loaded.request, runs_here=address.runs_here)) if reads_here else []
         for problem in missing:
             opt.say(f"{job}: not ready for --target {address}: {problem}")
         if not missing:

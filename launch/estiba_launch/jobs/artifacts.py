@@ -55,10 +55,13 @@ def location(request: Mapping[str, Any], what: str) -> str:
     return f"{base}/{what}.tar.gz"
 
 
-def refuse_unwritable(request: Mapping[str, Any]) -> None:
-    """Raise LaunchError when a folder of this machine cannot take the results or checkpoints of a job."""
+def refuse_unwritable(request: Mapping[str, Any], *, runs_here: bool) -> None:
+    """Raise LaunchError when a folder of this machine cannot take the results or checkpoints of a job.
+
+    A job on another machine leaves its results there until they are fetched, to a folder that `fetch` is given.
+    """
     addresses = {
-        "OutputDataConfig.S3OutputPath": request["OutputDataConfig"]["S3OutputPath"],
+        "OutputDataConfig.S3OutputPath": request["OutputDataConfig"]["S3OutputPath"] if runs_here else "",
         "CheckpointConfig.S3Uri": request.get("CheckpointConfig", {}).get("S3Uri", ""),
     }
     for field, uri in addresses.items():

@@ -46,7 +46,10 @@ def refuse_known(name: str) -> None:
     """Raise LaunchError when a job of this name is recorded, or is being started."""
     directory = jobs_root() / name
     if directory.exists() and not (directory / REQUEST).exists():
-        raise LaunchError(f"{name}: a start under this name goes on, or was cut off; if none does, remove {directory}")
+        raise LaunchError(
+            f"{name}: a job of this name is being started, or its start was interrupted; if none is running, "
+            f"remove {directory}"
+        )
     if directory.exists():
         raise LaunchError(
             f"{name}: a job of this name is known already ({directory}); pass --set JOB_NAME=ANOTHER, "

@@ -23,10 +23,10 @@ class BrokenLinks(HostError):
     exit_code = EXIT_INVALID
 
 
-def local_problems(request: Mapping[str, Any]) -> Iterator[LaunchError]:
-    """What is wrong with the channels and the results' folders that are on this machine."""
+def local_problems(request: Mapping[str, Any], *, runs_here: bool) -> Iterator[LaunchError]:
+    """What is wrong with the folders of this machine that a job, here or elsewhere, reads and writes."""
     try:
-        refuse_unwritable(request)
+        refuse_unwritable(request, runs_here=runs_here)
     except LaunchError as error:
         yield error
     for channel in channels(request):

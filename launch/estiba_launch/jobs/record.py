@@ -94,7 +94,8 @@ def new_document(request: dict[str, Any], arn: str | None = None) -> dict[str, A
 def recorded_document(directory: Path, **extra: Any) -> dict[str, Any]:
     """The document on record, with `extra` under `Estiba`. Raises LaunchError when there is none."""
     document: dict[str, Any] = read_json(directory / RECORD, {})
-    if not isinstance(document, dict) or not {"TrainingJobName", "TrainingJobStatus"} <= document.keys():
+    whole = isinstance(document, dict) and {"TrainingJobName", "TrainingJobStatus"} <= document.keys()
+    if not whole or not isinstance(document.get("Estiba", {}), dict):
         raise LaunchError(f"{directory / RECORD}: not a job's record; remove the job's directory {directory}")
     document["Estiba"] = {"Attempts": [], **document.get("Estiba", {}), **extra, "Directory": str(directory)}
     return document

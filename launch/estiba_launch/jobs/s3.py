@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import datetime
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -77,13 +77,18 @@ def _is_about_the_key(error: Exception) -> bool:
 
 
 class S3Store:
-    """A prefix in a bucket. Endpoint, region and credentials are boto3's own (AWS_ENDPOINT_URL works)."""
+    """A prefix in a bucket. Endpoint, region and credentials are boto3's own (AWS_ENDPOINT_URL works).
 
-    def __init__(self, uri: str, *, attempts: int = 8) -> None:
+    `report` is told, once in a row, that S3 does not answer and is asked again.
+    """
+
+    def __init__(self, uri: str, *, attempts: int = 8, report: Callable[[str], None] = lambda _: None) -> None:
         self.uri = uri.rstrip("/")
         self.bucket, _, prefix = uri.removeprefix("s3://").partition("/")
         self.prefix = prefix.strip("/")
         self.attempts = attempts
+        self._report = report
+        self._timed_out = False
 
     @cached_property
     def client(self) -> Any:
@@ -91,7 +96,18 @@ class S3Store:
         from botocore.config import Config
 
         config = Config(retries={"mode": "standard", "total_max_attempts": self.attempts})
-        return boto3.client("s3", config=config)
+        client = boto3.client("s3", config=config)
+        client.meta.events.register("needs-retry.s3", self._report_timeout)
+        return client
+
+    def _report_timeout(self, caught_exception: Exception | None = None, **_: Any) -> None:
+        from botocore.exceptions import ConnectTimeoutError, ReadTimeoutError
+
+        # The attempts of one call go on for minutes, a minute each.
+        timed_out = isinstance(caught_exception, ConnectTimeoutError | ReadTimeoutError)
+        if timed_out and not self._timed_out:
+            self._report(f"S3 does not answer, trying again: {caught_exception}")
+        self._timed_out = timed_out
 
     def key(self, relative: str) -> str:
         return f"{self.prefix}/{relative}" if self.prefix else relative

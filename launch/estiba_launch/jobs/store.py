@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
@@ -48,12 +48,12 @@ class Store(Protocol):
         """Remove what a `put` that was cut off has left."""
 
 
-def open_store(uri: str) -> Store:
-    """The store at `uri`. Raises HostError for an address that is neither s3:// nor file://."""
+def open_store(uri: str, report: Callable[[str], None] = lambda _: None) -> Store:
+    """The store at `uri`; `report` is told of outages. Raises HostError for an address neither s3:// nor file://."""
     if uri.startswith("file://"):
         return FileStore(file_path(uri))
     if uri.startswith("s3://"):
-        return S3Store(uri)
+        return S3Store(uri, report=report)
     raise HostError(f"{uri}: neither s3:// nor file://; correct the job file")
 
 

@@ -133,7 +133,10 @@ class Target(ABC):
         """Make the submission of a checked job. Starts nothing and sends nothing."""
 
     def submit(self, submission: Submission, *, report: Report) -> None:  # noqa: ARG002
-        """Start the job and record it in its directory. Raises LaunchError with nothing left behind."""
+        """Start the job and record it in its directory.
+
+        Raises LaunchError with nothing left behind, or one that names what is running.
+        """
         raise self._lacks(Capability.SUBMIT)
 
     def poll(self, name: str) -> JobStatus:  # noqa: ARG002

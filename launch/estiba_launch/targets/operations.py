@@ -29,6 +29,8 @@ T = TypeVar("T")
 ORPHAN_GRACE_S = 15.0
 """Seconds that a new supervisor may take to start. A job without one for longer is orphaned."""
 PARALLEL_TARGETS = 16
+DAMAGED = (OSError, KeyError, TypeError, ValueError, AttributeError)
+"""What reading a record raises whose file is closed, or whose JSON was changed by hand."""
 
 
 def prepare(job: JobFile, options: SubmitOptions | None = None) -> Submission:
@@ -41,7 +43,7 @@ def start(submission: Submission, report: Report = lambda _: None) -> None:
     """Start a job. Raises LaunchError when it cannot be started, or its name is taken."""
     target = target_of(submission.target)
     directory.refuse_known(submission.name)
-    artifacts.refuse_unwritable(submission.request)
+    artifacts.refuse_unwritable(submission.request, runs_here=submission.target.runs_here)
     for upload in submission.job.uploads:
         send(upload, report)
     target.submit(submission, report=report)
@@ -224,7 +226,7 @@ def list_jobs(report: Report = lambda _: None) -> list[JobStatus]:
     groups = list(by_target(names))
     found: dict[str, JobStatus] = {}
     with ThreadPoolExecutor(PARALLEL_TARGETS) as pool:
-        for statuses in pool.map(lambda group: list(group[0].list(group[1])), groups):
+        for statuses in pool.map(lambda group: _listed(group[0], group[1], report), groups):
             found.update((one.name, one) for one in statuses)
     return [found[name] for name in names if name in found]
 
@@ -237,8 +239,34 @@ def _readable(names: list[str], report: Report) -> Iterator[str]:
                 raise LaunchError(f"its record is that of {recorded}; remove the copy {directory.job_dir(name)}")
         except LaunchError as error:
             report(f"warning: {name}: {error}")
+        except DAMAGED as error:
+            report(_damaged(name, error))
         else:
             yield name
+
+
+def _listed(target: Target, filters: ListFilters, report: Report) -> list[JobStatus]:
+    """The status of jobs of one target. Halves what it asks for until it has found the record that is damaged."""
+    try:
+        return list(target.list(filters))
+    except LaunchError as error:
+        # This machine cannot ask: it has no ssh client.
+        return [target.recorded(name, unreachable=str(error)) for name in filters.names]
+    except DAMAGED as error:
+        names = filters.names
+        if len(names) == 1:
+            report(_damaged(names[0], error))
+            return []
+        middle = len(names) // 2
+        halves = (replace(filters, names=half) for half in (names[:middle], names[middle:]))
+        return [one for half in halves for one in _listed(target, half, report)]
+
+
+def _damaged(name: str, error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"warning: {name}: its record cannot be read ({error}); correct its permissions"
+    what = f"{type(error).__name__}: {error}"
+    return f"warning: {name}: its record is damaged ({what}); remove the job's directory {directory.jobs_root() / name}"
 
 
 def list_account(address: str, region: str | None = None) -> list[JobStatus]:

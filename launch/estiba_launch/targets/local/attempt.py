@@ -210,12 +210,16 @@ class Attempt:
         name = run.host.name
         mark = f"checkpoints of {name}: " if len(self.cluster) > 1 else "checkpoints: "
         target = contract.checkpoint_dir(self.request) or ""
+
+        def report(text: str) -> None:
+            self.log.mark(f"{mark}{text}")
+
         return CheckpointSync(
             run.root / "checkpoints",
-            open_store(uri),
+            open_store(uri, report),
             # One for all attempts: what this host uploaded in an earlier one is still its own.
             ledger=self.job_dir / "sync" / f"{name}.json",
-            report=lambda text: self.log.mark(f"{mark}{text}"),
+            report=report,
             denied=ContainerFiles(self.engine, lambda: run.container, target),
             mounted_at=target,
             markers=True,

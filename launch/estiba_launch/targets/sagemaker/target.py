@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from estiba_launch.errors import HostError
+from estiba_launch.errors import HostError, LaunchError
 from estiba_launch.jobs import artifacts, directory
 from estiba_launch.jobs.check import Check, Requirements
 from estiba_launch.jobs.directory import REQUEST, TARGET, job_dir, read_json, read_target, write_json
 from estiba_launch.jobs.logs import METRICS, Metrics
 from estiba_launch.jobs.options import SubmitOptions
-from estiba_launch.jobs.record import RECORD, new_document
+from estiba_launch.jobs.record import RECORD, new_document, recorded_document
 from estiba_launch.jobs.status import TERMINAL, JobStatus
 from estiba_launch.request import contract
 from estiba_launch.request.jobfile import JobFile
@@ -46,13 +46,17 @@ class SageMakerTarget(Target):
         with explained(f"{submission.name} in {aws.region}", "start"):
             arn = aws.sagemaker.create_training_job(**submission.request)["TrainingJobArn"]
         report(f"{arn}: accepted")
-        record_job(submission.name, submission.request, aws.region, arn)
+        try:
+            record_job(submission.name, submission.request, aws.region, arn)
+        except LaunchError as error:
+            # The job runs, and is billed.
+            record = f"estiba status {submission.name} --target {self} --region {aws.region}"
+            raise LaunchError(f"{error}; {arn} was started and is running; `{record}` records it") from error
         for what, url in console.links(submission.name, aws.region, output_path(submission.request)).items():
             report(f"  {what:<9} {url}")
 
     def recorded(self, name: str, unreachable: str | None = None) -> JobStatus:
-        folder = job_dir(name)
-        return _status(name, read_json(folder / RECORD, {}), unreachable)
+        return _status(name, recorded_document(job_dir(name)), unreachable)
 
     def poll(self, name: str) -> JobStatus:
         known = self.recorded(name)

@@ -87,6 +87,6 @@ if __name__ == "__main__":
             store.get_changed(found, ROOT)
             say(f"{address}: {len(found)} objects")
         else:
-            sync(S3Store(address, attempts=ATTEMPTS), *more)
+            sync(S3Store(address, attempts=ATTEMPTS, report=say), *more)
     except HostError as error:
         sys.exit(str(error))
