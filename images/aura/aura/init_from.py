@@ -40,7 +40,7 @@ class Start:
     origin: str | None = None
     """Identifies the checkpoint that --resume-from named."""
     supersedes_later: bool = False
-    """Whether the run restarts from an older step of its own, so that its later checkpoints are to be set aside."""
+    """Whether the run restarts from an older step of its own, so that its later checkpoints are to be superseded."""
 
 
 def find_start(checkpoints: CheckpointManager, resume_from: str | None) -> Start:

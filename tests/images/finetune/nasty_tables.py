@@ -423,6 +423,26 @@ ENCODINGS = [
             "cp1252",
             b"",
         ),
+        ("Lithuanian", "prompt,completion\nsaulė,šviečia\n", 1, "cp1257", "cp1257", b""),
+        ("Lithuanian", "prompt,completion\nsaulė,šviečia\n", 1, "iso8859_13", "cp1257", b""),
+        ("Lithuanian", "prompt,completion\nšviečia,saulė\ngražus,žodžių\n", 2, "iso8859_4", "iso8859_4", b""),
+        ("Latvian", "prompt,completion\nļoti labi,kā iet\nviss kārtībā,paldies\n", 2, "cp1257", "cp1257", b""),
+        ("Estonian", "prompt,completion\nõhtu,päike tõuseb\nšokolaad,žanr\n", 2, "cp1257", "cp1257", b""),
+        ("Estonian", "prompt,completion\nõhtu,päike tõuseb\nšokolaad,žanr\n", 2, "cp1252", "cp1252", b""),
+        ("French", "prompt,completion\ncœur,5 €\n", 1, "iso8859_15", "iso8859_15", b""),
+        ("French", "prompt,completion\ncœur,5 €\n", 1, "cp1252", "cp1252", b""),
+        ("fractions", "prompt,completion\n1½ cups,¾ tsp\n½ cup,5 €\n", 2, "cp1252", "cp1252", b""),
+        ("Norwegian", "prompt,completion\nøl,brød\nsmør,grøn\n", 2, "cp1252", "cp1252", b""),
+        ("Greek", "prompt,completion\nΆγιος,x\n", 1, "iso8859_7", "iso8859_7", b""),
+        ("Greek", "prompt,completion\nΆγιος,Άρης\nΆμεσα,Άλλα\n", 2, "cp1253", "cp1253", b""),
+        ("Greek", "prompt,completion\nΑθήνα,Ελλάδα\n", 1, "cp737", "cp737", b""),
+        ("Arabic", "prompt,completion\nمرحبا,كيف حالك\n", 1, "iso8859_6", "iso8859_6", b""),
+        ("Hebrew", "prompt,completion\nמה שלומך,תודה רבה\n", 1, "cp862", "cp862", b""),
+        ("Turkish", "prompt,completion\nşehir,dağ ışık\n", 1, "cp857", "cp857", b""),
+        ("Russian", "prompt,completion\nПривет,мир\n", 1, "cp855", "cp855", b""),
+        ("Russian", "prompt,completion\nПривет,мир\n", 1, "mac_cyrillic", "mac_cyrillic", b""),
+        ("a word that is two characters in Big5-HKSCS", "prompt,completion\n挨拶,x\n", 1, "cp932", "cp932", b""),
+        ("a word that is two characters in Big5-HKSCS", "prompt,completion\nИгры,x\n", 1, "cp866", "cp866", b""),
         ("prices", "prompt,completion\nbook,€5\ncar,£7\nit is,5°C\n", 3, "cp1252", "cp1252", b""),
     ]
 ] + [
@@ -497,6 +517,42 @@ ENCODINGS = [
         "t.csv:52: byte 0xF1 is not valid UTF-8",
     ),
 ]
+
+LONG_LINES = [
+    case
+    for start in ("", "a")
+    for case in (
+        *(
+            accepted(
+                f"a long line of {codec} after {start!r}",
+                "t.json",
+                json.dumps([{"prompt": start + text * 200, "completion": text}], ensure_ascii=False).encode(codec),
+                encoding=codec,
+                writes=[{"prompt": start + text * 200, "completion": text}],
+            )
+            for codec, text in [
+                ("gb18030", "今天天气很好我们去公园看花吃水果"),
+                ("cp932", "東京は日本の首都です今日は月曜日です"),
+                ("cp949", "서울은 어디입니까 한국의 수도입니다"),
+            ]
+        ),
+        accepted(
+            f"one character 4,000 times after {start!r}",
+            "t.csv",
+            f"prompt,completion\n你好,世界\n{start}{'北' * 4000},x\n".encode("gbk"),
+            encoding="gb18030",
+            kept=2,
+        ),
+        refused(
+            f"nothing but one character 4,000 times after {start!r}",
+            "t.csv",
+            f"prompt,completion\n{start}{'北' * 4000},x\n".encode("gbk"),
+            "t.csv:2: byte 0xB1",
+            "not valid UTF-8",
+        ),
+    )
+]
+"""The sample of their bytes ends within a character for one of two starts."""
 
 COMPRESSED = [
     accepted("gzip", "t.csv.gz", gzip.compress(table(cities()).encode()), format="csv", kept=12),

@@ -10,7 +10,7 @@ import nasty
 import pytest
 from nasty_json import CHAT_FILES, JSON_FILES
 from nasty_others import OTHER_KINDS, TEXT_FILES
-from nasty_tables import COMPRESSED, DELIMITED, ENCODINGS
+from nasty_tables import COMPRESSED, DELIMITED, ENCODINGS, LONG_LINES
 from survey import write_survey
 
 from finetune.data.check import run
@@ -29,7 +29,7 @@ def report_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, 
     return report
 
 
-CASES = [*DELIMITED, *ENCODINGS, *COMPRESSED, *JSON_FILES, *CHAT_FILES, *TEXT_FILES, *OTHER_KINDS]
+CASES = [*DELIMITED, *ENCODINGS, *LONG_LINES, *COMPRESSED, *JSON_FILES, *CHAT_FILES, *TEXT_FILES, *OTHER_KINDS]
 
 
 def test_the_report_for_a_person_shows_template_roles_and_five_samples(

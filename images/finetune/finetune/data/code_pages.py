@@ -7,6 +7,7 @@ character set that it is in. Where two models with different texts are about equ
 
 from __future__ import annotations
 
+import codecs
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,9 +21,14 @@ _UNKNOWN_SHARE = 0.15
 _RARE = 1e-6
 _ASCII = 1 / 40
 _MISFIT = 0.02
-"""How much rarer a letter is where it does not fit: a capital after a small letter, or alone at a number."""
+"""How much rarer a letter is where it does not fit: a capital after a small one, thrice in a row, alone at a number."""
 _SIGN_IN_PLACE = 0.15
+_REPEATED = 1e-3
+"""A character that stands twice in a row tells little of the language."""
 _AT_NUMBERS = "€£°²³½¼¾±"
+_FRACTIONS = "½¼¾"
+_AFTER_OE = "uUiI"
+"""What nearly always follows œ, which has the place of a fraction in ISO-8859-15."""
 _SIGNS = "’“”–—…‘„«»¿¡€°£©®™ºª·•²³×±§½¼¾\u00a0、。，！？・「」"
 
 # Letters by frequency; upper-case ones follow from them.
@@ -33,6 +39,12 @@ _LETTERS = {
     "German": "üäößé",
     "Italian": "èàùòìé",
     "Nordic": "äåöøæéüðþíáóúý",
+    "Danish or Norwegian": "øåæé",
+    "Icelandic": "áíðóúöæéþý",
+    "Dutch": "ëéïèöüêç",
+    "Estonian": "äõüöšž",
+    "Lithuanian": "ėšąųžūįčę",
+    "Latvian": "āīšēļņūžģķč",
     "Polish": "łąęóżśćńź",
     "Czech or Slovak": "íáéěřžšýčůúťďňóľĺŕäô",
     "Hungarian": "áéöóőüíúű",
@@ -40,31 +52,44 @@ _LETTERS = {
     "Croatian or Slovene": "čšžćđ",
     "Turkish": "ıüşğöçİâîû",
     "Russian": "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфъёіїє",
-    "Greek": "αοιετσνηυρπκμλςωδγχθφβξζψίόάέύήώϊ",
+    "Greek": "αοιετσνηυρπκμλςωδγίόχάέθήφύβώξζψϊ",
     "Hebrew": "יוהלאתרבשמםדנןחקעפגכךטזסצףץ",
     "Arabic": "الينمورتبةعدسفهكقحجشصطخىضذثئءغؤظزأإآ",
     "Thai": "านรกเงอมยลวดทสต่ะ้ปับคิหีแจ์พืชขุใไูโผถึศซณ็ำธภษฟญ",
 }
 _WESTERN = ("French", "Spanish", "Portuguese", "German", "Italian", "Nordic")
 _CENTRAL = ("Polish", "Czech or Slovak", "Hungarian", "Romanian", "Croatian or Slovene")
+_NORTHERN = ("Danish or Norwegian", "Icelandic", "Dutch", "Estonian")
+_BALTIC = ("Lithuanian", "Latvian", "Estonian")
 _MIXED = {"Western European": _WESTERN, "Central European": _CENTRAL}
 """Names and cities of many countries."""
 _PAGES: tuple[tuple[str, tuple[str, ...], float], ...] = (
-    ("cp1252", (*_WESTERN, "Western European"), 1),
+    ("cp1252", (*_WESTERN, *_NORTHERN, "Western European"), 1),
+    ("iso8859_15", (*_WESTERN, *_NORTHERN), 0.02),
     ("cp850", _WESTERN, 0.01),
     ("mac_roman", _WESTERN, 0.01),
     ("cp1250", (*_CENTRAL, "Central European"), 0.05),
     ("iso8859_2", _CENTRAL, 0.03),
     ("cp852", _CENTRAL, 0.01),
-    ("cp1254", ("Turkish",), 0.2),
+    ("cp1257", _BALTIC, 0.05),
+    ("iso8859_13", ("Lithuanian", "Latvian"), 0.02),
+    ("iso8859_4", ("Lithuanian", "Latvian"), 0.005),
+    ("cp1254", ("Turkish",), 0.5),
+    ("cp857", ("Turkish",), 0.01),
     ("cp1251", ("Russian",), 0.5),
     ("koi8_r", ("Russian",), 0.1),
     ("koi8_u", ("Russian",), 0.05),
     ("cp866", ("Russian",), 0.1),
     ("iso8859_5", ("Russian",), 0.01),
+    ("cp855", ("Russian",), 0.01),
+    ("mac_cyrillic", ("Russian",), 0.01),
     ("cp1253", ("Greek",), 0.2),
+    ("iso8859_7", ("Greek",), 0.01),
+    ("cp737", ("Greek",), 0.01),
     ("cp1255", ("Hebrew",), 0.2),
+    ("cp862", ("Hebrew",), 0.01),
     ("cp1256", ("Arabic",), 0.2),
+    ("iso8859_6", ("Arabic",), 0.01),
     ("cp874", ("Thai",), 0.2),
 )
 """Code page, its languages, and how common the page is."""
@@ -113,8 +138,7 @@ class Verdict:
 
 def find_code_page(sample: bytes, fits: Callable[[str], bool]) -> Verdict | list[Verdict]:
     """Return the code page of a sample, or those between which it does not decide. `fits`: whether all data decodes."""
-    sample = sample[:_SAMPLE_BYTES].rpartition(b"\n")[0] or sample[:_SAMPLE_BYTES]
-    verdicts = sorted(_verdicts(sample), key=lambda verdict: -verdict.score)
+    verdicts = sorted(_verdicts(sample[:_SAMPLE_BYTES]), key=lambda verdict: -verdict.score)
     best = next((verdict for verdict in verdicts if fits(verdict.codec)), None)
     if best is None:
         return []
@@ -138,8 +162,9 @@ def _verdicts(sample: bytes) -> Iterator[Verdict]:
 
 
 def _decoded(sample: bytes, codec: str) -> str | None:
+    """Return the sample's text, or None. Its last character may be cut short."""
     try:
-        return sample.decode(codec)
+        return codecs.getincrementaldecoder(codec)().decode(sample)
     except UnicodeDecodeError:
         return None
 
@@ -164,8 +189,8 @@ def _narrow_score(text: str, probabilities: dict[str, float]) -> tuple[float, fl
     """Return the logarithm of a text's probability, and the share of unknown characters among those above ASCII."""
     score, above, unknown = 0.0, 0, 0
     is_italian = probabilities is _probabilities("Italian")
-    is_latin = "é" in probabilities or "â" in probabilities or "š" in probabilities or "ł" in probabilities
-    for before, character, after in zip(" " + text, text, text[1:] + " ", strict=False):
+    is_latin = any("ß" <= letter < "ɐ" for letter in probabilities)
+    for at, (before, character, after) in enumerate(zip(" " + text, text, text[1:] + " ", strict=False)):
         if character < "\x80":
             score += math.log(_ASCII)
             continue
@@ -174,18 +199,21 @@ def _narrow_score(text: str, probabilities: dict[str, float]) -> tuple[float, fl
         if probability is None:
             unknown += 1
             probability = _RARE
-        elif _is_in_place(before, character, after):
+        elif _is_in_place(before, character, after) or (character in _AT_NUMBERS and _is_by_number(text, at)):
             probability = _SIGN_IN_PLACE
         elif character.isalpha():
-            does_not_fit = character.isupper() and before.islower()
+            does_not_fit = (character.isupper() and before.islower()) or before == character == after
+            does_not_fit |= character in "œŒ" and after not in _AFTER_OE
             # its accents are at the ends of words
             does_not_fit |= is_italian and after.isalpha()
             does_not_fit |= not is_latin and (_is_ascii_letter(before) or _is_ascii_letter(after))
             unknown += does_not_fit
             is_alone = not before.isalpha() and not after.isalpha() and (before.isdigit() or after.isdigit())
             probability *= _MISFIT if does_not_fit or is_alone else 1
-        elif character not in "–—" and before.isalpha() and after.isalpha():
+        elif character not in "–—" and (before.isalpha() or (character == "’" and not is_latin)) and after.isalpha():
             probability *= _MISFIT  # a sign within a word
+        elif character in _FRACTIONS and after in _AFTER_OE:
+            probability *= _MISFIT
         score += math.log(probability)
     return score, unknown / max(1, above)
 
@@ -193,7 +221,8 @@ def _narrow_score(text: str, probabilities: dict[str, float]) -> tuple[float, fl
 def _is_in_place(before: str, sign: str, after: str) -> bool:
     """Whether a sign stands where such signs do: quotes around words, dashes between them, units at numbers."""
     if sign in _AT_NUMBERS:
-        return before.isdigit() or after.isdigit()
+        is_apart = not before.isalpha() and not after.isalpha()
+        return before.isdigit() or after.isdigit() or (sign in _FRACTIONS and is_apart)
     if sign in "“‘„«":
         return not before.isalnum() and after.isalnum()
     if sign == "’" and before.isalpha():
@@ -201,17 +230,25 @@ def _is_in_place(before: str, sign: str, after: str) -> bool:
     return (sign in "”»’…" and not after.isalnum()) or (sign in "–—" and not before.isalnum() and not after.isalnum())
 
 
+def _is_by_number(text: str, at: int) -> bool:
+    """Whether a blank is between a unit and its number, as in "5 €" and "£ 7"."""
+    before, after = text[max(0, at - 2) : at], text[at + 1 : at + 3]
+    is_apart = not before[-1:].isalpha() and not after[:1].isalpha()
+    return is_apart and (before.rstrip(" \u00a0")[-1:].isdigit() or after.lstrip(" \u00a0")[:1].isdigit())
+
+
 def _wide_score(text: str, codec: str, region: Callable[[int], tuple[float, int]]) -> tuple[float, float]:
     score, above, unknown = 0.0, 0, 0
-    for character in text:
+    for before, character in zip(" " + text, text, strict=False):
         if character < "\x80":
             score += math.log(_ASCII)
             continue
         above += 1
-        code = int.from_bytes(character.encode(codec), "big")
+        # big5hkscs decodes four codes to two characters, which do not encode one by one
+        code = int.from_bytes(character.encode(codec, "ignore"), "big")
         share, size = (0.06, len(_SIGNS)) if character in _SIGNS else region(code)
         unknown += share < 0.05
-        score += math.log(share / size)
+        score += math.log(_REPEATED if character == before else share / size)
     return score, unknown / max(1, above)
 
 
