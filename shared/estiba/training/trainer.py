@@ -184,12 +184,12 @@ class Trainer:
     def _run(self) -> None:
         model = self._wrapped()
         total = self.config.schedule.steps
+        self._meter.start()
         if self.step > 0 and self._is_log_due() and self._logged_step() < self.step:  # its other ranks were lost then
             self._log(self.config.schedule.at(self.step - 1))
         is_complete = self.step > 0 and self._stop_early() is not None  # an early-stopped run that is started again
         batches = Prefetcher(self.task.batches, self.step, 0 if is_complete else total)
         self._saves.start()
-        self._meter.start()
         try:
             while not is_complete:
                 if self._is_evaluation_due():
