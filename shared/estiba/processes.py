@@ -309,9 +309,12 @@ def _wait_for_ranks(processes: Sequence[subprocess.Popen[bytes]]) -> int:
     """Return the exit status of the first rank that failed, if possible not of one that only lost others; or 0."""
     failed: int | None = None
     kill_at = float("inf")
+    killed: set[int] = set()  # their status says nothing
     stopped = {128 + signum for signum in _STOP_SIGNALS}
     while any(process.poll() is None for process in processes):
         for process in processes:
+            if process.pid in killed:
+                continue
             if failed in (None, RanksLost.exit_code) and process.poll() and process.returncode != failed:
                 failed = process.returncode  # one that only lost the others is not the reason
                 grace_s = _LOST_RANKS_GRACE_S if failed == RanksLost.exit_code else _FAILED_RANK_GRACE_S
@@ -320,9 +323,10 @@ def _wait_for_ranks(processes: Sequence[subprocess.Popen[bytes]]) -> int:
             for process in processes:
                 if process.poll() is None:
                     process.kill()
+                    killed.add(process.pid)
         time.sleep(_POLL_S)
-    ended = [code for code in (failed, *(process.returncode for process in processes)) if code]
-    code = min(ended, key=lambda code: code == RanksLost.exit_code, default=0)
+    ended = [failed, *(process.returncode for process in processes if process.pid not in killed)]
+    code = min(filter(None, ended), key=lambda code: code == RanksLost.exit_code, default=0)
     return 128 - code if code < 0 else code
 
 

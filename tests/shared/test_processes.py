@@ -181,7 +181,8 @@ def test_a_worker_killed_by_the_stop_is_not_an_error() -> None:
 RANKS = """
 import os, signal, sys, time
 rank = int(os.environ["RANK"])
-print(rank, os.environ["WORLD_SIZE"], os.environ["MASTER_PORT"], sys.argv[1:], flush=True)
+# One write, which the other rank's cannot come between.
+os.write(1, f"{rank} {os.environ['WORLD_SIZE']} {os.environ['MASTER_PORT']} {sys.argv[1:]}\\n".encode())
 if sys.argv[1] == "fail" and rank == 1:
     sys.exit(7)
 if sys.argv[1] == "stop":
@@ -191,8 +192,11 @@ if sys.argv[1] == "fail":
     time.sleep(60)
 if sys.argv[1] == "lose":  # rank 0 ends because it lost rank 1, which is the one that failed
     sys.exit(75 if rank == 0 else 7)
-if sys.argv[1] == "save" and rank == 0:
+if sys.argv[1] in ("save", "deaf") and rank == 0:
     sys.exit(75)
+if sys.argv[1] == "deaf":
+    signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))
+    time.sleep(60)
 if sys.argv[1] == "save":
     time.sleep(2)  # longer than a failed rank's grace
     print("saved", flush=True)
@@ -200,11 +204,12 @@ if sys.argv[1] == "save":
 """
 
 
-def start_ranks(folder: Path, word: str) -> subprocess.Popen[str]:
+def start_ranks(folder: Path, word: str, lost_ranks_grace_s: float = 30.0) -> subprocess.Popen[str]:
     (folder / "ranks.py").write_text(RANKS)
     text = textwrap.dedent(f"""
         from estiba import processes
         processes._FAILED_RANK_GRACE_S = 0.2
+        processes._LOST_RANKS_GRACE_S = {lost_ranks_grace_s}
         processes.run_ranks("ranks", [{word!r}, "--flag"], 2)
     """)
     return subprocess.Popen(
@@ -239,6 +244,12 @@ def test_a_rank_that_lost_others_is_not_the_reason_and_does_not_end_those_that_s
     process = start_ranks(tmp_path, "save")
     out, _ = process.communicate(timeout=50)
     assert process.returncode == 75 and "saved" in out
+
+
+def test_a_rank_that_is_killed_since_it_does_not_end_is_not_the_reason(tmp_path: Path) -> None:
+    process = start_ranks(tmp_path, "deaf", lost_ranks_grace_s=0.2)
+    process.communicate(timeout=50)
+    assert process.returncode == 75
 
 
 def test_a_stop_reaches_every_rank(tmp_path: Path) -> None:

@@ -327,6 +327,23 @@ def test_what_a_rank_tells_sys_exit_is_the_reason(job: Hosts) -> None:
     )
 
 
+def test_what_a_handled_probe_tells_sys_exit_is_not_the_reason(job: Hosts) -> None:
+    job.write("has_gpu.py", "import sys\nsys.exit('no GPU')\n")
+    job.write("train.py", FAILS)
+    job.write("x.sh", "python has_gpu.py || export DEVICE=cpu\npython train.py\n")
+    job.start("x.sh")
+    assert job.end() == [1], job.log(ALONE)
+    assert job.failure(ALONE).startswith("ValueError: loss is nan"), job.failure(ALONE)
+
+
+def test_what_a_hidden_program_tells_sys_exit_is_the_reason(job: Hosts) -> None:
+    job.write("train.py", "import sys\nsys.exit('num_labels must be 2, got 3')\n")
+    job.write("x.sh", "python train.py 2>&1 | tee log.txt\n")
+    job.start("x.sh")
+    assert job.end() == [1], job.log(ALONE)
+    assert job.failure(ALONE).startswith("SystemExit: num_labels must be 2, got 3"), job.failure(ALONE)
+
+
 def test_a_script_that_os_system_cannot_run_is_a_failure(job: Hosts) -> None:
     job.write("start.py", "import os\nos.system('bash ./no-such.sh')\n")
     job.start("start.py")

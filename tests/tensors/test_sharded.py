@@ -19,7 +19,7 @@ from estiba.checkpoint.retention import Retention
 from estiba.checkpoint.sharded import format as sharded
 from estiba.checkpoint.sharded import restore as sharded_restore
 from estiba.checkpoint.sharded.retention import prune_store
-from estiba.checkpoint.sharded.writer import ShardedWriter
+from estiba.checkpoint.sharded.writer import Owner, ShardedWriter
 from estiba.checkpoint.staging import StagingBuffer
 from estiba.errors import CheckpointError
 from estiba.storage import FileStore, Store, open_store
@@ -243,6 +243,24 @@ def test_a_host_that_survives_commits_an_upload_that_was_complete_on_all_hosts(t
     before = store.read(f"step-00000020/{MANIFEST}")
     main.commit_remote("step-00000020", main.owner)  # it was only slow: the first is kept, and the bytes are the same
     assert store.read(f"step-00000020/{MANIFEST}") == before
+
+
+def test_a_replica_whose_step_another_replica_has_committed_is_saved(tmp_path: Path, s3: Any) -> None:
+    """Each has a disk of its own, so it sees the other's commit on S3 alone."""
+    url = "s3://estiba/replicas"
+    name = "step-00000020"
+    for replica in range(2):
+        writers = [
+            save(tmp_path / f"algo-{2 * replica + rank}", rank, 2, attempt=f"feed{replica:02x}", upload=url)[0]
+            for rank in range(2)
+        ]
+        for writer in writers:
+            writer.send(name, writer.owner)
+        first = writers[0]
+        owner, first.owner = first.owner, Owner("feed", 2 * replica, 4)
+        first.commit_remote(name, owner)
+        first.commit_replica(name, owner, timeout_s=0)
+    assert sharded.read_manifest(open_store(url), name).token == "feed00"
 
 
 def test_an_upload_that_lacks_a_lost_hosts_part_is_not_a_checkpoint(

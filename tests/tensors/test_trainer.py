@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import math
@@ -18,7 +19,8 @@ import torch
 from pydantic import ValidationError
 
 from estiba.checkpoint import tree_spec
-from estiba.checkpoint.manager import CheckpointManager
+from estiba.checkpoint.format import Manifest
+from estiba.checkpoint.manager import CheckpointManager, Restored
 from estiba.distributed import DistContext
 from estiba.errors import ConfigError, DataError
 from estiba.training import loss_check, rng
@@ -395,6 +397,35 @@ def test_the_row_after_a_resume_counts_the_time_before_it(monkeypatch: pytest.Mo
     meters[1].add(torch.tensor(30.0), torch.tensor(1.5), 50, 50)
     clock[0] += 1
     assert meters[1].row(DistContext())["points_per_s"] == 20.0 and meters[1].seconds_total == 5
+
+
+def test_a_row_that_a_loss_left_out_is_that_of_an_undisturbed_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that lost others saves the state after a step whose row was not made yet."""
+    clock = [10**6.0]  # the machine's uptime
+    states: list[dict[str, Any]] = []
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def run(restored: Restored | None) -> tuple[list[dict[str, Any]], float]:
+        trainer = runs.make(None, toy.Toy(), evaluate_every=None)
+
+        def advance(step: int) -> None:
+            clock[0] += 2
+            if step == 4:
+                states.append(copy.deepcopy(trainer.state()))
+
+        monkeypatch.setattr(trainer.metrics_logger, "advance", advance)
+        trainer.resume(restored)
+        trainer.run()
+        rows = [dict(row) for row in trainer.metrics_logger.rows]
+        for row in rows:
+            row.pop("memory_mb", None)
+        return rows, trainer._meter.seconds_total
+
+    expected = run(None)
+    manifest = Manifest(step=4, kind="interrupt", ranks=1, metrics={}, files={})
+    resumed = run(Restored(state=states[0], step=4, path=Path("step-00000004"), manifest=manifest))
+    assert resumed == expected
+    assert expected[0][0]["grad_norm"] > 0 and expected[0][0]["eta_s"] == 20 and expected[1] == 28
 
 
 def test_the_loss_since_the_last_row_is_that_of_all_ranks_when_another_number_of_them_resumes() -> None:

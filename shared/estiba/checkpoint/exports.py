@@ -99,9 +99,9 @@ def check_verifiable(path: Path) -> None:
         else:
             form = "is not a zip, as torch.save writes them since torch 1.6"
     raise CheckpointError(
-        f"{path}: {form}, and has no {beside.name} beside it, so that nothing tells whether its bytes are intact; give "
-        f"the file that torch.save writes of it today (torch.save(torch.load(...), ...)), or write its digest beside "
-        f"it (xxh128sum {path.name} > {beside.name})"
+        f"{path}: {form}, and has no {beside.name} beside it, so that nothing tells whether its bytes are intact; save "
+        f"it again with a current torch (torch.save(torch.load(...), ...)), or write its digest beside it "
+        f"(xxh128sum {path.name} > {beside.name})"
     )
 
 

@@ -65,6 +65,7 @@ class SaveRequest:
     size_bytes: int
     writer: WriterProcess
     done: threading.Event = field(default_factory=threading.Event)
+    is_saved: bool = False
 
 
 class CheckpointManager:
@@ -74,6 +75,8 @@ class CheckpointManager:
     """Whether each rank saves a shard of the state."""
     has_replicas = False
     """Whether there are several copies of the sharded state, so that `save_replica` can save one of them."""
+    is_first_of_replica = True
+    """Whether this rank commits what `save_replica` saves."""
 
     def __init__(
         self,
@@ -321,6 +324,7 @@ class CheckpointManager:
                 self.timings.blocking_s = request.blocking_s
                 self.timings.durable_s = time.monotonic() - request.started
                 self.newest_step = request.step
+                request.is_saved = True
                 request.done.set()
 
     def _on_exit(self, writer: WriterProcess) -> None:

@@ -140,8 +140,16 @@ class Outcomes:
         return sorted(found, key=lambda failure: failure.at)
 
     def failures(self) -> list[Failure]:
-        """Return every recorded failure, for a script that failed itself: its own programs' ends explain it."""
-        ends = [record for record in self._read("end") if record.get("code") and record.get("exception")]
+        """Return the recorded failures, for a script that failed itself: its own programs' ends explain it.
+
+        A program that said why it ends (`sys.exit("no GPU")`) is none: it may be a probe whose end the script handled,
+        and else its words are the log's last line.
+        """
+        ends = [
+            record
+            for record in self._read("end")
+            if record.get("code") and not (record.get("exception") or "SystemExit:").startswith("SystemExit:")
+        ]
         return [*self.failed_ranks(), *map(self._failure, ends)]
 
     def ended_well(self, pid: int) -> bool:

@@ -39,7 +39,7 @@ RESERVE_S = 4.0
 TAIL_BYTES = 16_384
 AGENT_POLL_S = 0.5
 LOST_FILE = "ESTIBA_LOST_FILE"
-"""Names the file that says which host was lost. A rank that waits for it in a collective never hears TERM."""
+"""Names the file that says which host was lost. A rank that waits for it in a collective cannot handle SIGTERM."""
 _PR_SET_CHILD_SUBREAPER = 36
 CHILD_ENVIRONMENT = {"GOMP_SPINCOUNT": "3000"}
 """Defaults for the child's environment.

@@ -57,7 +57,7 @@ class SavePolicy:
         self._checkpoints.save(step, state(), kind="final", metrics=metrics, wait=True)
 
     def save_before_error(self, step: int, state: State, metrics: Mapping[str, float]) -> None:
-        """Save a run that cannot go on, unless the newest checkpoint is of this step already."""
+        """Save the state before the run ends with an error, unless the newest checkpoint is of this step already."""
         if self._checkpoints is None or self._dist.broadcast(self._checkpoints.newest_step == step):
             return
         self._checkpoints.save(step, state(), metrics=metrics, wait=True)

@@ -116,6 +116,7 @@ class ThroughputMeter:
             "units_good": units_good,
             "of_all": [loss, units_good] if dist is None else dist.all_reduce_sum(loss, units_good),
             "bad": float(self._bad),
+            "norm": float(self._norm),
             "bad_in_a_row": float(self._bad_in_a_row),
             "epoch": [self._epoch_loss, self._epoch_units],
             "units": self._units,
@@ -130,6 +131,7 @@ class ThroughputMeter:
         self._loss = torch.tensor(loss, dtype=torch.float64)
         self._units_good = torch.tensor(units_good, dtype=torch.float64)
         self._bad = torch.tensor(state["bad"], dtype=torch.float64)
+        self._norm = torch.tensor(state.get("norm", 0.0), dtype=torch.float64)
         self._bad_in_a_row = torch.tensor(state.get("bad_in_a_row", 0.0), dtype=torch.float64)
         self._most_in_a_row = self._bad_in_a_row
         self._epoch_loss, self._epoch_units = state.get("epoch", (0.0, 0.0))

@@ -68,7 +68,7 @@ class Trainer:
         self.skipped_steps = 0
         """Steps that were skipped because their gradients were not finite."""
         self._saves = SavePolicy(checkpoints, config, dist=self.dist, stop=stop)
-        self._survivors = Survivors(checkpoints, self._present, stop=stop)
+        self._survivors = Survivors(checkpoints, self._current_state, stop=stop)
         self._state_lock = threading.RLock() if checkpoints is None else checkpoints.state_lock
         self._shards: Mapping[str, torch.Tensor] = {}
         self._random_between: dict[str, Any] = {}
@@ -137,7 +137,7 @@ class Trainer:
             return own
         return {**own, **self._common_state(self.task.model_state())}
 
-    def _present(self) -> tuple[int, Mapping[str, Any], Mapping[str, float]]:
+    def _current_state(self) -> tuple[int, Mapping[str, Any], Mapping[str, float]]:
         """Return the state after the last complete step, also in the middle of a step whose other ranks are lost."""
         if self._updated is not None:
             torch.cuda.current_stream().wait_event(self._updated)
@@ -184,12 +184,12 @@ class Trainer:
     def _run(self) -> None:
         model = self._wrapped()
         total = self.config.schedule.steps
+        self._meter.start()
         if self.step > 0 and self._is_log_due() and self._logged_step() < self.step:  # its other ranks were lost then
             self._log(self.config.schedule.at(self.step - 1))
         is_complete = self.step > 0 and self._stop_early() is not None  # an early-stopped run that is started again
         batches = Prefetcher(self.task.batches, self.step, 0 if is_complete else total)
         self._saves.start()
-        self._meter.start()
         try:
             while not is_complete:
                 if self._is_evaluation_due():

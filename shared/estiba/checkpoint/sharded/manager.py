@@ -58,6 +58,7 @@ class ShardedCheckpointManager(CheckpointManager):
         self.shard, self.shards = mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
         self.replica = 0 if mesh.ndim == 1 else mesh.get_local_rank(0)
         self.is_first_replica, self.has_replicas = self.replica == 0, mesh.ndim == 2
+        self.is_first_of_replica = self.shard == 0
         self._part_is_done = threading.Event()
         super().__init__(folder, retention=retention, upload=upload, dist=dist)
         self._remote = open_store(upload) if upload else None
@@ -237,18 +238,18 @@ class ShardedCheckpointManager(CheckpointManager):
         with self.state_lock:
             if self._request is not None:
                 self._part_is_done.wait(timeout_s)
-                if self.dist.is_main:  # perhaps every rank wrote its part before the others were lost
-                    self._request.done.wait(COMMIT_S)
+                self._request.done.wait(COMMIT_S)  # perhaps every rank wrote its part before the others were lost
                 self._request.done.set()
             replica = {"token": f"{self._token}{self.replica:02x}", "rank": self.shard, "ranks": self.shards}
             self._send(
                 step,
-                self._planned(state, is_first=self.shard == 0, holds_shard=True),
+                self._planned(state, is_first=self.is_first_of_replica, holds_shard=True),
                 {"kind": "interrupt", "shard": self.shard, "metrics": metrics},
                 {"is_uploaded": True, "kept": None, "replica": replica, "timeout_s": deadline - time.monotonic()},
             )
+        assert self._request is not None
         self.wait(max(0.0, deadline - time.monotonic()))
-        return self.newest_step == step
+        return self._request.is_saved
 
     def _send(
         self,
