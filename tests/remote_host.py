@@ -154,7 +154,7 @@ class ClientTools:
         docker(*words, build("client"))
         for tool in CLIENT_TOOLS:
             script = folder / tool
-            script.write_text(f'#!/bin/sh\nexec docker exec -i -w "$PWD" {self.name} {tool} "$@"\n')
+            script.write_text(f'#!/bin/sh\nexec {shutil.which("docker")} exec -i -w "$PWD" {self.name} {tool} "$@"\n')
             script.chmod(0o755)
 
     def remove(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -215,7 +216,7 @@ def by_hand(remote, job: str, tmp_path: Path, *words: str, here: str = "exit 1")
     (tmp_path / "here/docker").write_text(f"#!/bin/sh\n{here}\n")
     (tmp_path / "here/docker").chmod(0o755)
     (tmp_path / "job.sh").write_text(estiba("plan", job, "--target", HOST, *words).stdout)
-    env = {"PATH": f"{tmp_path}/here:/usr/bin:/bin", "HOME": str(remote.ssh.home)}
+    env = {"PATH": f"{tmp_path}/here:{os.environ['PATH']}", "HOME": str(remote.ssh.home)}
     env["ESTIBA_SSH"] = str(tmp_path / "remote/ssh")
     return subprocess.run(["sh", "job.sh"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
 
@@ -266,7 +267,7 @@ def test_a_missing_input_ends_the_script_before_anything_starts(remote, good, tm
     job = str(write_job(tmp_path, good))
     shutil.rmtree(tmp_path / "data")
     (tmp_path / "job.sh").write_text(CliRunner().invoke(app, ["plan", job, "--target", HOST]).stdout)
-    env = {"PATH": "/usr/bin:/bin", "HOME": str(remote.ssh.home), "ESTIBA_SSH": str(tmp_path / "remote/ssh")}
+    env = {"PATH": os.environ["PATH"], "HOME": str(remote.ssh.home), "ESTIBA_SSH": str(tmp_path / "remote/ssh")}
     done = subprocess.run(["sh", "job.sh"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and str(tmp_path / "data") in done.stderr
     assert not any(line.startswith("run ") for line in remote.log.read_text().splitlines())
