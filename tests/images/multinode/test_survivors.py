@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -122,10 +123,16 @@ def test_a_replica_saves_its_step_while_its_main_thread_waits_for_a_frozen_host(
 def test_without_a_second_replica_the_last_committed_checkpoint_counts_and_the_survivor_says_so(
     tmp_path: Path, arguments: list[str]
 ) -> None:
-    words = [*arguments, "--max-steps", "60", "--save-steps", "2", "--eval-steps", "1000"]
+    words = [*arguments, "--max-steps", "1000", "--save-steps", "2", "--eval-steps", "1000"]
     shared = [*words, "--checkpoint-path", str(tmp_path / "shared")]
     two = Hosts(tmp_path, 2, shared, environ={"ESTIBA_HOST_LOST_S": "3"}, is_watched=True)
     two.wait_for("step=6 of")
+    # A save takes as long as it takes; the run hears of it at one of its next steps.
+    while not sharded_format.committed(FileStore(tmp_path / "shared").list()):
+        assert two.processes[0].poll() is None, two.logs()
+        time.sleep(0.05)
+    reached = max(int(step) for step in re.findall(r"step=(\d+) of", two.log(0)))
+    two.wait_for(f"step={reached + 4} of")
     two.signal_all(signal.SIGSTOP, 1)
     try:
         assert two.processes[0].wait(60) == 75, two.logs()
