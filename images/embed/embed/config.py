@@ -68,8 +68,8 @@ class EmbedConfig(Config):
     """Largest number of tokens in a batch, padding included; the default depends on the device."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Precision of the model: auto is float32 on a CPU, float16 on a GPU. Rows that overflow are redone in float32."""
-    engine: Literal["torch", "openvino", "auto"] = "torch"
-    """What computes the vectors: openvino is faster on a CPU, and auto is that where its vectors agree with torch's."""
+    engine: Literal["auto", "torch", "openvino"] = "auto"
+    """What computes the vectors: auto is OpenVINO on a CPU where its vectors agree with torch's, otherwise torch."""
     device: str | None = None
     """Torch device, such as cpu or cuda:1; the default is all GPUs, or the CPU."""
     workers: Annotated[int, Field(ge=0)] = 0

@@ -28,6 +28,7 @@ from embed.config import EmbedConfig
 from embed.data.chunks import ModelInfo
 from embed.data.files import inspect, open_input, require_input, separate_bad, share_of, why_not_text
 from embed.data.int96 import with_exact_timestamps
+from embed.data.rows import first_texts
 from embed.data.table import BadFile, Table
 from embed.state import NOTHING_COMPUTED, JobState
 from estiba import __version__
@@ -67,7 +68,8 @@ def embed(config: EmbedConfig, job: Job, stop: Stop) -> None:
     with checkpoint_store(config, job) as (saved, is_resumed):
         location = stop.unless_stopped(lambda: local_model(config), NOTHING_COMPUTED)
         try:
-            pool = start_pool(config.model_copy(update={"model": location}), found.store.url, stop)
+            first = first_texts(found.store, found.tables, config.text_column)
+            pool = start_pool(config.model_copy(update={"model": location}), found.store.url, first, stop)
         except ConfigError as error:  # the user knows the address, and not the directory that it was copied to
             raise ConfigError(str(error).replace(location, config.model)) from error
         loaded = time.monotonic()
@@ -261,13 +263,13 @@ def old_outputs(config: EmbedConfig, job: Job, state: JobState, model: ModelInfo
     return old
 
 
-MODEL_IDENTITY = ("digest", "dtype", "pooling", "prompt", "max_length", "dimensions", "normalize")
+MODEL_IDENTITY = ("digest", "dtype", "products", "pooling", "prompt", "max_length", "dimensions", "normalize")
 """What changes a vector. Library versions are not included, so a new image continues the work of the old one."""
 
 
 def chunks_identity(config: EmbedConfig, model: ModelInfo) -> str:
     """Names the chunks that this job can use: same model, same text column, same stored precision."""
-    parts = {name: model.identity[name] for name in MODEL_IDENTITY}
+    parts = {name: model.identity[name] for name in MODEL_IDENTITY if name in model.identity}
     return _digest(parts | {"text_column": config.text_column, "embedding_dtype": config.embedding_dtype})
 
 

@@ -120,7 +120,7 @@ class Pipeline:
                     if item.is_whole_row_group or was_whole:
                         saver.wait()
                     was_whole = item.is_whole_row_group
-                    self.encoder.check_engine(item.window)
+                    self.encoder.choose_engine(item.window)
                     prior, computed_by = saver.partial_of(item)
                     computed_by += [engine for engine in [self.encoder.computed_by] if engine not in computed_by]
                     watch = _Watch(item=item, saver=saver, emit=emit, computed_by=computed_by)

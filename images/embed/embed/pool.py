@@ -40,9 +40,9 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 class InProcess:
     """The model in this process."""
 
-    def __init__(self, config: EmbedConfig, input_location: str, stop: Stop) -> None:
+    def __init__(self, config: EmbedConfig, input_location: str, first_texts: Sequence[str], stop: Stop) -> None:
         limit_threads(1)
-        encoder = stop.unless_stopped(lambda: Encoder(config), NOTHING_COMPUTED)
+        encoder = stop.unless_stopped(lambda: Encoder(config, first_texts), NOTHING_COMPUTED)
         self.model = encoder.info
         self.run = Pipeline(config=config, encoder=encoder, source=open_store(input_location)).run
 
@@ -54,7 +54,14 @@ class MultiProcess:
     """One process per device, each with its own model. A process takes the next row group as soon as it has room for
     more windows, and computes without a pause between two."""
 
-    def __init__(self, config: EmbedConfig, input_location: str, devices: Sequence[str | None], stop: Stop) -> None:
+    def __init__(
+        self,
+        config: EmbedConfig,
+        input_location: str,
+        first_texts: Sequence[str],
+        devices: Sequence[str | None],
+        stop: Stop,
+    ) -> None:
         context = get_context("spawn")  # neither a CUDA context nor obstore's runtime survives a fork
 
         self._tasks: Any = context.Queue()
@@ -69,6 +76,7 @@ class MultiProcess:
                     len(devices),
                     config.model_copy(update={"device": device}),
                     input_location,
+                    first_texts,
                     self._tasks,
                     self._events,
                     self._stop,
@@ -141,14 +149,21 @@ class MultiProcess:
 
 
 def _serve(
-    parent: int, workers: int, config: EmbedConfig, input_location: str, tasks: Any, events: Any, stop: Any
+    parent: int,
+    workers: int,
+    config: EmbedConfig,
+    input_location: str,
+    first_texts: Sequence[str],
+    tasks: Any,
+    events: Any,
+    stop: Any,
 ) -> None:
     """The main function of a worker process."""
     ignore_stop_signals()
     die_with_parent(parent)
     limit_threads(workers)
     try:
-        encoder = Encoder(config)
+        encoder = Encoder(config, first_texts)
         events.put(encoder.info)
         pipeline = Pipeline(config=config, encoder=encoder, source=open_store(input_location))
         received = _received(tasks, stop)
@@ -193,16 +208,18 @@ def cores() -> float:
     return count
 
 
-def start_pool(config: EmbedConfig, input_location: str, stop: Stop) -> InProcess | MultiProcess:
+def start_pool(
+    config: EmbedConfig, input_location: str, first_texts: Sequence[str], stop: Stop
+) -> InProcess | MultiProcess:
     """A process per GPU if there are several, or as many as `workers`; otherwise this process.
 
-    `config.model` is a directory or a name on the hub.
+    `config.model` is a directory or a name on the hub. `first_texts` are some of the input, the same in each attempt.
     """
     devices = _devices(config)
     if len(devices) == 1:
-        return InProcess(config.model_copy(update={"device": devices[0]}), input_location, stop)
+        return InProcess(config.model_copy(update={"device": devices[0]}), input_location, first_texts, stop)
     logger.info(f"{len(devices)} workers: {', '.join(map(str, devices))}")
-    return MultiProcess(config, input_location, devices, stop)
+    return MultiProcess(config, input_location, first_texts, devices, stop)
 
 
 def _devices(config: EmbedConfig) -> list[str | None]:

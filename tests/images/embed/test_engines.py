@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import os
 import subprocess
@@ -9,11 +11,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from whole_job import run
 
 from embed.config import EmbedConfig
 from embed.model import Encoder, engines, openvino
-from embed.model.openvino import NotConvertible, OpenVinoEngine
+from embed.model.openvino import EngineError, NotConvertible, OpenVinoEngine
 from estiba.errors import ConfigError, DataError
 
 
@@ -37,8 +42,8 @@ def test_openvino_gives_the_vectors_of_torch(request, texts, model, options):
 
 
 def test_auto_is_openvino_on_a_cpu_and_torch_for_other_weights(tiny, monkeypatch):
-    assert encoder(tiny).computed_by["engine"].startswith("torch ")
-    assert encoder(tiny, engine="auto").computed_by["engine"].startswith("openvino ")
+    assert encoder(tiny, engine="torch").computed_by["engine"].startswith("torch ")
+    assert encoder(tiny).computed_by["engine"].startswith("openvino ")
     assert encoder(tiny, engine="auto", dtype="bfloat16").computed_by["engine"].startswith("torch ")
     monkeypatch.setattr(engines, "is_installed", lambda: False)
     assert encoder(tiny, engine="auto").computed_by["engine"].startswith("torch ")
@@ -77,11 +82,31 @@ def test_a_cached_conversion_gives_the_bits_of_a_new_one(tiny, tmp_path):
     assert bits(tmp_path / "home") == first
 
 
+def alter(monkeypatch, change, from_width=0):
+    """Let OpenVINO give `change(vectors)` for batches of at least `from_width` columns."""
+    original = OpenVinoEngine.launch
+
+    def launch(self, features, rows):
+        batch = original(self, features, rows)
+        if features["input_ids"].shape[1] < from_width:
+            return batch
+        return dataclasses.replace(batch, finish=lambda: change(batch.finish()))
+
+    monkeypatch.setattr(OpenVinoEngine, "launch", launch)
+
+
+def reversed_(vectors):
+    return vectors.flip(1)
+
+
+def fail(_):
+    raise EngineError("Exception from src/inference: shapes do not match")
+
+
 def test_an_engine_with_other_vectors_is_not_used_and_that_is_told(tiny, texts, monkeypatch, caplog):
-    original = OpenVinoEngine.forward
-    monkeypatch.setattr(OpenVinoEngine, "forward", lambda self, features: original(self, features).flip(1))
+    alter(monkeypatch, reversed_)
     with caplog.at_level(logging.WARNING):
-        fallen = encoder(tiny, engine="auto")
+        fallen = encoder(tiny)
     assert "gives other vectors than torch in float32 (lowest cosine" in caplog.text
     assert fallen.computed_by["engine"].startswith("torch ")
     with pytest.raises(ConfigError, match="--engine openvino: it gives other vectors than torch for this model"):
@@ -91,42 +116,86 @@ def test_an_engine_with_other_vectors_is_not_used_and_that_is_told(tiny, texts, 
 
 
 def test_a_vector_of_another_length_is_another_vector(tiny, monkeypatch):
-    original = OpenVinoEngine.forward
-    monkeypatch.setattr(OpenVinoEngine, "forward", lambda self, features: original(self, features) * 1.02)
+    alter(monkeypatch, lambda vectors: vectors * 1.02)
     with pytest.raises(ConfigError, match="gives other vectors"):
         encoder(tiny, engine="openvino", normalize=False)
 
 
-def test_a_model_that_cannot_run_at_a_length_is_left_to_torch(tiny, texts, monkeypatch, caplog):
-    """A traced model may hold the length of the sample."""
+def test_the_first_texts_of_the_input_are_compared_too(root, inputs, tiny_model, monkeypatch):
+    """The sentences may be right and the input wrong: one text of 30 tokens or more here."""
+    texts = [f"barco {index}" for index in range(20)]
+    pq.write_table(pa.table({"texto": ["", None, *texts]}), inputs / "b.parquet")
+    alter(monkeypatch, lambda vectors: reversed_(vectors) if len(vectors) >= 10 else vectors)
+    assert run(tiny_model)["engine"].startswith("torch ")
+    assert run(tiny_model, engine="torch", output_path=str(root / "other"), no_checkpoint=True)["status"] == "complete"
 
-    class Fixed:
-        def __init__(self, compiled):
-            self.compiled = compiled
 
-        def __call__(self, inputs):
-            if inputs[0].shape[1] >= 200:
-                raise RuntimeError("Exception from src/inference:\nshapes do not match")
-            return self.compiled(inputs)
+@pytest.fixture
+def long(tiny, copy_of):
+    """A model that reads 2,048 tokens."""
+    import torch
+    from transformers import BertConfig, BertModel
 
-    original = OpenVinoEngine.__init__
+    directory = copy_of(tiny, {"model.safetensors": None}, "long")
+    torch.manual_seed(7)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = BertConfig(vocab_size=30522, max_position_embeddings=2048, **sizes)
+    (directory / "config.json").unlink()
+    BertModel(config, add_pooling_layer=False).save_pretrained(directory)
+    return directory
 
-    def init(self, *arguments):
-        original(self, *arguments)
-        self._compiled = Fixed(self._compiled)
 
-    monkeypatch.setattr(OpenVinoEngine, "__init__", init)
-    checked = encoder(tiny, max_length=256, engine="auto")
-    window = checked.tokenize(["hola", "barco " * 300])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (reversed_, "gives other vectors than torch in float32"),
+        (fail, "cannot compute this model at every length: Exception from src/inference: shapes do not match"),
+    ],
+)
+def test_windows_with_longer_rows_than_the_engine_can_compute_are_left_to_torch(
+    long, monkeypatch, caplog, change, said
+):
+    """A traced model may hold the length of its sample. Windows of shorter rows keep the engine."""
+    alter(monkeypatch, change, from_width=1500)
+    checked = encoder(long, max_length=2048)
+    short, wide = checked.tokenize(["hola", None, "barco " * 500]), checked.tokenize(["hola", "barco " * 800])
+    expected = [(short, "openvino", 0), (wide, "torch", 1), (short, "openvino", 1), (wide, "torch", 1)]
+    for window, kind, messages in expected:
+        with caplog.at_level(logging.WARNING):
+            checked.choose_engine(window)
+        assert checked.computed_by["engine"].startswith(kind)
+        assert caplog.text.count(said) == messages
+    asked = encoder(long, max_length=2048, engine="openvino")
+    asked.choose_engine(short)
+    with pytest.raises(ConfigError, match="pass --engine torch"):
+        asked.choose_engine(wide)
+
+
+def test_a_batch_that_the_engine_cannot_compute_ends_the_job_with_a_remedy(tiny, monkeypatch):
+    checked = encoder(tiny)
+    window = checked.tokenize(["hola", "barco " * 300] * 20)
+    alter(monkeypatch, fail, from_width=200)
     with pytest.raises(DataError, match=r"cannot compute a batch .*shapes do not match.*pass --engine torch"):
         checked.encode(window)
-    with caplog.at_level(logging.WARNING):
-        checked.check_engine(window)
-    assert "cannot compute this model at every length: Exception from src/inference: shapes do not match" in caplog.text
-    assert checked.computed_by["engine"].startswith("torch ")
-    asked = encoder(tiny, max_length=256, engine="openvino")
-    with pytest.raises(ConfigError, match="pass --engine torch"):
-        asked.check_engine(window)
+    monkeypatch.undo()
+    assert np.isfinite(checked.encode(window).vectors).all()
+
+
+def test_the_number_of_cores_changes_no_bit(tiny_model, texts):
+    """Each core computes batches of its own."""
+    import torch
+
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            made = encoder(tiny_model, batch_size=3)
+            assert made.computed_by["threads"] == 1
+            found.append(vectors(made, texts * 5).tobytes())
+    finally:
+        torch.set_num_threads(before)
+    assert len(set(found)) == 1
 
 
 def test_a_library_that_does_not_load_is_a_reason_for_torch(tiny, monkeypatch):
@@ -137,27 +206,6 @@ def test_a_library_that_does_not_load_is_a_reason_for_torch(tiny, monkeypatch):
     assert encoder(tiny, engine="auto").computed_by["engine"].startswith("torch ")
     with pytest.raises(ConfigError, match=r"openvino does not start \(ImportError: libtbb"):
         encoder(tiny, engine="openvino")
-
-
-def test_rows_longer_than_all_before_are_compared_too(tiny, texts, monkeypatch, caplog):
-    """The sample may be right and a long text wrong."""
-    original = OpenVinoEngine.forward
-
-    def forward(self, features):
-        output = original(self, features)
-        return output if features["input_ids"].shape[1] < 200 else output.flip(1)
-
-    monkeypatch.setattr(OpenVinoEngine, "forward", forward)
-    checked = encoder(tiny, max_length=256, engine="auto")
-    assert checked.computed_by["engine"].startswith("openvino ")
-    window = checked.tokenize(["hola", "barco " * 300])
-    checked.check_engine(checked.tokenize(["hola", None, "barco " * 90]))
-    assert checked.computed_by["engine"].startswith("openvino ")
-    with caplog.at_level(logging.WARNING):
-        checked.check_engine(window)
-    assert "gives other vectors than torch" in caplog.text
-    assert checked.computed_by["engine"].startswith("torch ")
-    checked.check_engine(window)
 
 
 def test_bfloat16_products_are_used_where_the_cpu_has_them_unless_a_precision_is_asked_for(tiny_model, monkeypatch):
@@ -177,8 +225,39 @@ def test_bfloat16_products_are_used_where_the_cpu_has_them_unless_a_precision_is
         found = encoder(tiny_model, engine="auto", **options)
         assert made.pop() == expected
         assert not made
-        # Work in another precision is not taken for work in float32.
-        assert found.identity.get("products", "float32") == expected
+        # Work that may be in another precision is not taken for work in float32.
+        assert found.identity.get("products") == options.get("dtype")
+
+
+@pytest.fixture
+def bfloat16(monkeypatch):
+    if not openvino.has_bfloat16():
+        pytest.skip("this CPU does not multiply bfloat16 in hardware")
+    monkeypatch.setattr(engines, "has_bfloat16", lambda: True)
+
+
+def test_vectors_of_bfloat16_products_point_where_those_of_float32_do(bfloat16, minilm, texts):
+    fast, exact = encoder(minilm), encoder(minilm, engine="torch")
+    assert fast.computed_by["dtype"] == "bfloat16"
+    assert (vectors(fast, texts) * vectors(exact, texts)).sum(axis=1).min() >= 0.9999
+
+
+def test_work_in_bfloat16_is_finished_in_float32_where_the_cpu_has_only_that(
+    bfloat16, root, inputs, minilm, texts, monkeypatch
+):
+    """Nothing that is finished is computed again, and each row group says what computed it."""
+    pq.write_table(pa.table({"texto": texts}), inputs / "a.parquet", row_group_size=10)
+    run(minilm)
+    pq.write_table(pa.table({"texto": texts[::-1]}), inputs / "b.parquet", row_group_size=10)
+    monkeypatch.setattr(engines, "has_bfloat16", lambda: False)
+    results = run(minilm)
+    assert (results["files"]["already_complete"], results["files"]["done_in_this_attempt"]) == (1, 1)
+    found = [
+        json.loads(pq.read_metadata(root / f"output/data/{name}.parquet").metadata[b"estiba.computed_by"])
+        for name in "ab"
+    ]
+    assert [entry[0]["engines"][0]["dtype"] for entry in found] == ["bfloat16", "float32"]
+    assert run(minilm, dtype="float32")["files"]["already_complete"] == 0
 
 
 def test_a_model_that_openvino_cannot_run_is_computed_by_torch(tiny, monkeypatch):

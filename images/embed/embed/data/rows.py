@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -14,7 +15,7 @@ from embed.data.chunks import RowRange, Task
 from embed.data.files import READ_AS, file_faults
 from embed.data.identity import open_unchanged, require_same
 from embed.data.table import Table
-from estiba.errors import DataError
+from estiba.errors import DataError, StoreError
 from estiba.storage import Store
 
 SCAN_BYTES = 4 * 2**20
@@ -127,6 +128,18 @@ def text_ranges(store: Store, task: Task, column: str, limits: RangeLimits) -> I
                     texts, characters, raw = [], 0, 0
                     if end == gap[1]:
                         gap = next(missing, None)
+
+
+def first_texts(store: Store, tables: Sequence[Table], column: str, count: int = 16) -> list[str]:
+    """The first texts of the first file that has one; none if that file cannot be read."""
+    for table in tables:
+        for row_group, rows in enumerate(table.row_group_rows):
+            with contextlib.suppress(DataError, StoreError), open_unchanged(store, table) as file:
+                batch = next(record_batches(file, table, row_group, [column]), None) if rows else None
+                values = _texts(_text_column(batch, column)) if batch else []
+                if found := [text for text in values if isinstance(text, str) and text.strip()][:count]:
+                    return found
+    return []
 
 
 def _text_column(batch: pa.RecordBatch, column: str) -> pa.Array:

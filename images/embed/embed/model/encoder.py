@@ -7,7 +7,9 @@ encoded = encoder.encode(window)                                 # vectors float
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +19,13 @@ import torch
 
 from embed.config import EmbedConfig
 from embed.data.chunks import PENDING, Encoded, ModelInfo, Status
-from embed.model import loading, resolve
+from embed.model import loading, resolve, samples
 from embed.model.batches import BatchDone, Stopped, default_token_budget, pack
 from embed.model.engines import Engines
 from embed.model.forward import Engine, InFlight, cpu_name, is_out_of_memory
 from embed.model.openvino import EngineError
 from embed.model.resolve import NO_LIMIT
+from embed.model.samples import SENTENCES
 from embed.model.tokens import FastTokens, Window, read_window, tokens_for
 from estiba.errors import ConfigError, DataError
 
@@ -30,18 +33,6 @@ logger = logging.getLogger(__name__)
 
 MIN_TOKEN_BUDGET = 512
 """Running out of memory does not shrink the budget below this; single batches are still split."""
-
-
-SENTENCES = (
-    "Zarpamos al alba, con la bodega bien estibada.",
-    "The price of wheat rose by 12% in 1887.",
-    "我们明天去港口。",
-)
-"""Several scripts, since a model of one language may know no word of another."""
-
-
-CHECKED_ROWS = 16
-"""Rows of the two batches on which an engine is compared with torch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +59,11 @@ class Encoder:
     """Put before every text."""
     identity: dict[str, str]
 
-    def __init__(self, config: EmbedConfig) -> None:
+    def __init__(self, config: EmbedConfig, first_texts: Sequence[str] = ()) -> None:
         """Load the model and embed one sentence. Raises ConfigError if a setting or the model cannot be used.
 
         `config.model` is a directory or a name on the hub; the caller copies one from s3:// to a directory.
+        `first_texts` are some of the input, on which an engine other than torch must give torch's vectors.
         """
         self.config = config
         self._files = loading.find(config.model, config.revision)
@@ -113,25 +105,26 @@ class Encoder:
             "normalize": str(config.normalize).lower(),
             **loading.versions(),
         }
-        sample = self.tokenize([*SENTENCES, " ".join(SENTENCES * 2)])
-        rows = np.flatnonzero(sample.status == Status.OK)
+        if config.dtype == "float32":
+            self.identity["products"] = "float32"  # so that work in lower precision is not taken for it
         why_not = "" if isinstance(self._tokens, FastTokens) else "the model has a tokenizer of its own"
         why_not = "--trust-remote-code is set" if config.trust_remote_code else why_not
-        self._engines = Engines(config, self._engine, self._tokens.features(sample, rows, 1), digest, why_not)
-        self._use(self._engines.best())
-        if self._engine.precision != self.dtype:
-            self.identity["products"] = self._engine.precision  # so that float32 does not take them for its own
-        self._checked_width = 0
+        tokens, budget = self._tokens, self.token_budget
+        compared = [] if config.engine == "torch" or why_not else samples.batches(tokens, first_texts, budget)
+        self._engines = Engines(
+            config, self._engine, compared, lambda width: samples.row_of_width(tokens, width), digest, why_not
+        )
+        self._use(self._engines.for_width(1))
 
     @property
     def computed_by(self) -> dict[str, str | int]:
-        """What the last bits of a vector depend on, beside the model. Threads count on a CPU only."""
+        """What the last bits of a vector depend on, beside the model."""
         is_cpu = self._engine.device.type == "cpu"
         return {
             "engine": self._engine.version,
             "dtype": self._engine.precision,
             "hardware": cpu_name() if is_cpu else torch.cuda.get_device_name(self._engine.device),
-            "threads": torch.get_num_threads() if is_cpu else 0,
+            "threads": self._engine.threads,
         }
 
     @property
@@ -147,27 +140,12 @@ class Encoder:
 
     def continue_with(self, earlier: Mapping[str, Any]) -> None:
         """Use the engine that computed the rows of an earlier attempt, if it runs here."""
-        engine = self._engines.of_earlier(self._engine, earlier)
-        if engine is not self._engine:
-            logger.info("continuing with %s, which computed the finished rows", engine.version)
-            self._use(engine)
-            self._checked_width = 0
+        self._engines.continue_with(earlier)
+        self._use(self._engines.for_width(1))
 
-    def check_engine(self, window: Window) -> None:
-        """Compare with torch, and fall back if the vectors differ, when a window has a longer row than all before.
-
-        The two batches are the longest and the shortest: a traced model may be right for some lengths only.
-        """
-        rows = np.flatnonzero(window.status == Status.OK)
-        engine = self._engine
-        if engine is self._engines.reference or window.n_tokens.max(initial=0) <= self._checked_width:
-            return
-        self._checked_width = int(window.n_tokens.max())
-        batches = list(pack(window.n_tokens, rows, lambda: engine.token_budget, CHECKED_ROWS, engine.multiple))
-        features = [self._tokens.features(window, batch, engine.multiple) for batch in (batches[0], batches[-1])]
-        if not self._engines.agrees(engine, features):
-            precisions = [] if engine.is_exact else ["float32"]
-            self._use(self._engines.agreeing(precisions, features))
+    def choose_engine(self, window: Window) -> None:
+        """Use the engine for the window's longest row."""
+        self._use(self._engines.for_width(int(window.n_tokens.max(initial=1))))
 
     def tokenize(self, texts: Sequence[str | bytes | None]) -> Window:
         """Classify and tokenise one window. Raises DataError on a value that is not text, bytes or None."""
@@ -239,12 +217,11 @@ class Encoder:
         halves: list[np.ndarray] = []  # of batches that did not fit in memory
         invalid: list[np.ndarray] = []
         padded_tokens = 0
-        in_flight: InFlight | None = None
+        in_flight: deque[InFlight] = deque()
 
-        def finish(batch: InFlight | None) -> int:
-            if batch is None:
-                return 0
-            work.vectors[batch.rows] = computed = batch.wait()
+        def finish_oldest() -> int:
+            batch = in_flight.popleft()
+            work.vectors[batch.rows] = computed = _vectors_of(engine, batch)
             is_invalid = engine.invalid(computed)
             invalid.append(batch.rows[is_invalid])
             fresh = batch.rows[:0] if is_again else batch.rows[~done[batch.rows]]
@@ -255,32 +232,38 @@ class Encoder:
             )
             return batch.padded_tokens
 
-        while (batch := halves.pop() if halves else next(batches, None)) is not None:
-            if done[batch].all():
-                continue
-            if should_stop():
-                finish(in_flight)
-                raise Stopped(work.snapshot())
-            launched = self._launch(engine, window, batch)
-            padded_tokens += finish(in_flight)  # wait for the previous batch while this one computes
-            in_flight = launched
-            if launched is None:
-                engine.free()
-                if len(batch) > 1:
-                    middle = (len(batch) + 1) // 2
-                    halves += [batch[middle:], batch[:middle]]
-                    self._shrink_budget(engine, window, batch)
-                else:
-                    in_flight = self._launch_alone(engine, window, batch)
-        padded_tokens += finish(in_flight)
+        try:
+            while (batch := halves.pop() if halves else next(batches, None)) is not None:
+                if done[batch].all():
+                    continue
+                if should_stop():
+                    while in_flight:
+                        finish_oldest()
+                    raise Stopped(work.snapshot())
+                if (launched := self._launch(engine, window, batch)) is not None:
+                    in_flight.append(launched)
+                while len(in_flight) >= (engine.depth if launched is not None else 1):
+                    padded_tokens += finish_oldest()
+                if launched is None:
+                    engine.free()
+                    if len(batch) > 1:
+                        middle = (len(batch) + 1) // 2
+                        halves += [batch[middle:], batch[:middle]]
+                        self._shrink_budget(engine, window, batch)
+                    else:
+                        in_flight.append(self._launch_alone(engine, window, batch))
+            while in_flight:
+                padded_tokens += finish_oldest()
+        finally:  # after an error nothing must compute on
+            for each in in_flight:
+                with contextlib.suppress(Exception):
+                    each.wait()
         return np.concatenate(invalid) if invalid else rows[:0], padded_tokens
 
     def _launch(self, engine: Engine, window: Window, batch: np.ndarray) -> InFlight | None:
         """None if memory ran out. The exception, whose frames hold the tensors, is freed when this returns."""
         try:
             return engine.launch(self._tokens.features(window, batch, engine.multiple), batch)
-        except EngineError as error:
-            raise DataError(f"{engine.version} cannot compute a batch ({error}); pass --engine torch") from error
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not is_out_of_memory(error):
                 raise
@@ -388,3 +371,11 @@ class Encoder:
         requested = self.config.dimensions
         if requested is not None and requested > self.dimensions:
             raise ConfigError(f"--dimensions {requested}: the model has {self.dimensions}; pass that or fewer")
+
+
+def _vectors_of(engine: Engine, batch: InFlight) -> np.ndarray:
+    """float32[B, D]. Raises DataError if the engine cannot compute the batch."""
+    try:
+        return batch.wait()
+    except EngineError as error:
+        raise DataError(f"{engine.version} cannot compute a batch ({error}); pass --engine torch") from error

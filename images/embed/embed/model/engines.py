@@ -1,17 +1,22 @@
-"""Which engine computes the vectors: OpenVINO on a CPU where it gives torch's vectors, otherwise torch."""
+"""Which engine computes the vectors: OpenVINO on a CPU where it gives torch's vectors, otherwise torch.
+
+The choice depends on the model, the kind of CPU and the first texts of the input, and never on which rows an earlier
+attempt has finished: a job that was stopped ends with the bytes of one that was not.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 from embed.config import EmbedConfig
-from embed.model.forward import Engine
+from embed.model.forward import Engine, is_out_of_memory
 from embed.model.openvino import EngineError, NotConvertible, OpenVinoEngine, has_bfloat16, is_installed
+from embed.model.samples import WIDTHS
 from embed.model.tokens import Features
 from estiba.errors import ConfigError
 
@@ -26,53 +31,85 @@ that differs by more is not used."""
 class Engines:
     """The engines of one model. `reference` is torch; its vectors are right by definition."""
 
-    def __init__(self, config: EmbedConfig, reference: Engine, sample: Features, digest: str, why_not: str) -> None:
-        """`sample` is a batch to convert the model with; `why_not` says why OpenVINO cannot run it, if that is known.
+    def __init__(
+        self,
+        config: EmbedConfig,
+        reference: Engine,
+        samples: list[Features],
+        row_of_width: Callable[[int], Features],
+        digest: str,
+        why_not: str,
+    ) -> None:
+        """Choose the fastest engine that the settings allow and that agrees with torch on the samples.
+
+        samples: the batches to compare; the model is converted with the first one
+        row_of_width: makes a batch of one row with as many tokens
+        digest: that of the model's files
+        why_not: why OpenVINO cannot run the model, if that is known
 
         Raises ConfigError if the settings ask for OpenVINO and it cannot be used.
         """
-        self._config, self._sample, self._digest = config, sample, digest
+        self._config, self._samples, self._row_of_width, self._digest = config, samples, row_of_width, digest
         self.reference = reference
-        self.why_not = self._why_not(reference) or why_not
-        if config.engine == "openvino" and self.why_not:
-            raise ConfigError(f"--engine openvino: {self.why_not}; pass --engine auto or torch")
+        self._why_not = why_not or _why_not(reference)
+        if config.engine == "openvino" and self._why_not:
+            raise ConfigError(f"--engine openvino: {self._why_not}; pass --engine auto or torch")
+        if self._why_not and config.engine == "auto" and reference.device.type == "cpu":
+            logger.info("torch computes this model, and not OpenVINO: %s", self._why_not)
+        is_half_allowed = config.dtype == "auto" and not self._why_not and has_bfloat16()
+        self._use(self._agreeing(["bfloat16", "float32"] if is_half_allowed else ["float32"], samples))
 
-    def _why_not(self, reference: Engine) -> str:
-        if reference.device.type != "cpu":
-            return f"it computes on a CPU, and the device is {reference.device}"
-        if reference.dtype != torch.float32:
-            return f"it does not take weights in {str(reference.dtype).removeprefix('torch.')}"
-        if not is_installed():
-            return "the package openvino is not installed"
-        try:
-            has_bfloat16()
-        except Exception as error:  # a library that does not load, or no plugin for this CPU
-            return f"openvino does not start ({type(error).__name__}: {error})"
-        return ""
+    def _use(self, engine: Engine) -> None:
+        self._best = engine
+        self._of_width: dict[int, Engine] = {}
 
-    def best(self) -> Engine:
-        """The fastest engine that the settings allow and that agrees with torch on the sample."""
-        if self.why_not and self._config.engine == "auto" and self.reference.device.type == "cpu":
-            logger.info("torch computes this model, and not OpenVINO: %s", self.why_not)
-        if self._config.engine == "torch" or self.why_not:
-            return self.reference
-        is_half_allowed = self._config.dtype == "auto" and has_bfloat16()
-        return self.agreeing(["bfloat16", "float32"] if is_half_allowed else ["float32"], [self._sample])
+    def for_width(self, width: int) -> Engine:
+        """The engine for windows whose longest row has `width` tokens: a traced model may be right for some only.
 
-    def agreeing(self, precisions: Iterable[str], batches: list[Features]) -> Engine:
+        Widths are judged together up to a power of two, on a sample that does not depend on the window.
+        """
+        if width <= max(WIDTHS) or self._best is self.reference:
+            return self._best
+        width = 1 << (width - 1).bit_length()
+        if width not in self._of_width:
+            sample = [self._row_of_width(width)]
+            engine = self._best
+            if not self._agrees(engine, sample):
+                engine = self._agreeing([] if engine.is_exact else ["float32"], sample)
+            self._of_width[width] = engine
+        return self._of_width[width]
+
+    def continue_with(self, earlier: Mapping[str, Any]) -> None:
+        """Use the engine that computed the rows of an earlier attempt, if the settings allow it and it runs here."""
+        if self._config.engine != "auto":
+            return
+        kind, precision = str(earlier.get("engine", "")).split(" ")[0], earlier.get("dtype")
+        if (kind, precision) == (self._best.kind, self._best.precision):
+            return
+        if (kind, precision) == (self.reference.kind, self.reference.precision):
+            self._use(self.reference)
+        elif (kind, precision) == (OpenVinoEngine.kind, "float32"):
+            self._use(self._agreeing(["float32"], self._samples))
+        else:
+            return
+        logger.info("continuing with %s in %s, as the saved rows", self._best.version, self._best.precision)
+
+    def _agreeing(self, precisions: Iterable[str], batches: list[Features]) -> Engine:
         """The first OpenVINO engine that agrees with torch on the batches; otherwise torch.
 
-        Raises ConfigError instead if the settings ask for OpenVINO: a resume shall not find another engine.
+        Raises ConfigError instead if the settings ask for OpenVINO.
         """
+        if self._config.engine == "torch" or self._why_not:
+            return self.reference
         for precision in precisions:
             try:
-                engine = OpenVinoEngine(self.reference, self._sample, self._digest, precision)
+                engine = OpenVinoEngine(self.reference, self._samples[0], self._digest, precision)
             except NotConvertible as error:
                 if self._config.engine == "openvino":
                     raise ConfigError(f"--engine openvino: {error}; pass --engine auto or torch") from error
                 logger.info("torch computes this model, and not OpenVINO: %s", error)
                 return self.reference
-            if self.agrees(engine, batches):
+            if self._agrees(engine, batches):
                 return engine
         if self._config.engine == "openvino":
             raise ConfigError(
@@ -80,13 +117,17 @@ class Engines:
             )
         return self.reference
 
-    def agrees(self, engine: Engine, batches: list[Features]) -> bool:
+    def _agrees(self, engine: Engine, batches: list[Features]) -> bool:
         """Whether the engine's vectors are torch's; says why if they are not."""
         try:
             lowest = min((_lowest_cosine(engine, self.reference, batch) for batch in batches), default=1.0)
         except EngineError as error:
             logger.warning("%s cannot compute this model at every length: %s", engine.version, error)
             return False
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return False  # torch makes batches smaller and names the row that does not fit
         if lowest >= LEAST_COSINE:
             return True
         # That a model needs more than bfloat16 is no fault.
@@ -97,18 +138,20 @@ class Engines:
         )  # fmt: skip
         return False
 
-    def of_earlier(self, current: Engine, earlier: Mapping[str, Any]) -> Engine:
-        """The engine that computed the rows of an earlier attempt, if it runs here; otherwise the current one."""
-        if self._config.engine != "auto":
-            return current
-        kind, precision = str(earlier.get("engine", "")).split(" ")[0], earlier.get("dtype")
-        if kind == current.kind and precision == current.precision:
-            return current
-        if kind == self.reference.kind and precision == self.reference.precision:
-            return self.reference
-        if kind == OpenVinoEngine.kind and precision == "float32" and not self.why_not:
-            return self.agreeing(["float32"], [self._sample])
-        return current
+
+def _why_not(reference: Engine) -> str:
+    """Why OpenVINO cannot take the place of this engine; empty if it can."""
+    if reference.device.type != "cpu":
+        return f"it computes on a CPU, and the device is {reference.device}"
+    if reference.dtype != torch.float32:
+        return f"it does not take weights in {str(reference.dtype).removeprefix('torch.')}"
+    if not is_installed():
+        return "the package openvino is not installed"
+    try:
+        has_bfloat16()
+    except Exception as error:  # a library that does not load, or no plugin for this CPU
+        return f"openvino does not start ({type(error).__name__}: {error})"
+    return ""
 
 
 def _lowest_cosine(engine: Engine, reference: Engine, batch: Features) -> float:

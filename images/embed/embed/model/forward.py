@@ -9,7 +9,7 @@ import contextlib
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,19 +23,30 @@ UNIT_NORM_TOLERANCE = 1e-4
 """One tolerance for every dtype, since vectors are scaled to unit length in float32."""
 
 
+class InFlight(Protocol):
+    """A batch that is being computed."""
+
+    @property
+    def rows(self) -> np.ndarray: ...  # int64[B]: the rows of the window
+
+    @property
+    def padded_tokens(self) -> int: ...
+
+    def wait(self) -> np.ndarray: ...  # float32[B, D]
+
+
 @dataclass(frozen=True, kw_only=True)
-class InFlight:
+class Copying:
     """A batch whose vectors are being copied to the host."""
 
     rows: np.ndarray
-    """int64[B]: the rows of the window."""
     vectors_BD: torch.Tensor
     """float32[B, D] in host memory; complete once `copied` has happened."""
     copied: torch.cuda.Event | None
     padded_tokens: int
 
     def wait(self) -> np.ndarray:
-        """Wait for the device. Returns float32[B, D]."""
+        """Wait for the device."""
         if self.copied is not None:
             self.copied.synchronize()
         return self.vectors_BD.numpy()
@@ -45,6 +56,8 @@ class Engine:
     """A model on a device, and the token budget of its batches. This one runs it by torch."""
 
     kind = "torch"
+    depth = 2
+    """Batches in flight: the next one is launched before the vectors of the one before are taken."""
 
     def __init__(
         self,
@@ -68,6 +81,8 @@ class Engine:
         self.precision = str(dtype).removeprefix("torch.")
         """Precision of the matrix products; the weights have `dtype`."""
         self.version = f"torch {torch.__version__}"
+        self.threads = torch.get_num_threads() if device.type == "cpu" else 0
+        """That compute one batch, on a CPU: they decide the order of a sum."""
 
     @property
     def is_exact(self) -> bool:
@@ -76,14 +91,10 @@ class Engine:
 
     def launch(self, features: Features, rows: np.ndarray) -> InFlight:
         """Start one batch. On CUDA this returns before the vectors are computed. Raises torch.OutOfMemoryError."""
-        padded_tokens = _padded_tokens(features)
+        tokens = padded_tokens(features)
         on_device = {key: self._to_device(value) for key, value in features.items()}
         with torch.inference_mode():
-            vectors_BD = self.forward(on_device).float()
-            if self.dimensions is not None:
-                vectors_BD = vectors_BD[:, : self.dimensions]
-            if self.normalize:  # a zero vector stays zero: divided by 1e-12, not by 0
-                vectors_BD = torch.nn.functional.normalize(vectors_BD, p=2, dim=1)
+            vectors_BD = self.finished(self.forward(on_device))
             copied = None
             if self.device.type == "cuda":
                 on_host_BD = torch.empty(vectors_BD.shape, dtype=torch.float32, pin_memory=True)
@@ -91,7 +102,16 @@ class Engine:
                 copied = torch.cuda.Event()
                 copied.record(torch.cuda.current_stream(self.device))
                 vectors_BD = on_host_BD
-        return InFlight(rows=rows, vectors_BD=vectors_BD, copied=copied, padded_tokens=padded_tokens)
+        return Copying(rows=rows, vectors_BD=vectors_BD, copied=copied, padded_tokens=tokens)
+
+    def finished(self, output_BD: torch.Tensor) -> torch.Tensor:
+        """What the settings make of the model's output: float32[B, D]."""
+        vectors_BD = output_BD.float()
+        if self.dimensions is not None:
+            vectors_BD = vectors_BD[:, : self.dimensions]
+        if self.normalize:  # a zero vector stays zero: divided by 1e-12, not by 0
+            vectors_BD = torch.nn.functional.normalize(vectors_BD, p=2, dim=1)
+        return vectors_BD
 
     def forward(self, features: Features) -> torch.Tensor:
         """The model's output for one batch: [B, full width], in its precision."""
@@ -140,7 +160,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(marker in str(error) for marker in markers)
 
 
-def _padded_tokens(features: Features) -> int:
+def padded_tokens(features: Features) -> int:
     for key in ("attention_mask", "input_ids"):
         if isinstance(tensor := features.get(key), torch.Tensor):
             return tensor.numel()
