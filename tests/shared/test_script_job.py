@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -286,6 +287,12 @@ def test_a_stage_that_begins_after_term_is_stopped_too(job: Hosts) -> None:
 # --- hidden failures -----------------------------------------------------------------------------------------------
 
 FAILS = "raise ValueError('loss is nan')\n"
+RAISES_EXIT = pytest.param(
+    "raise SystemExit(3)\n",
+    marks=pytest.mark.skipif(
+        sys.version_info < (3, 12), reason="Python before 3.12 shows `raise SystemExit` to nobody"
+    ),
+)
 HIDING = {
     "tee": ("x.sh", "python train.py 2>&1 | tee log.txt\n"),
     "os.system": ("start.py", "import os\nos.system('python train.py')\n"),
@@ -306,6 +313,24 @@ def test_a_hidden_failure_is_a_failure(job: Hosts, way: str) -> None:
     job.start(program)
     assert job.end() == [1], job.log(ALONE)
     assert job.failure(ALONE).startswith("ValueError: loss is nan")
+
+
+@pytest.mark.parametrize("text", ["import sys; sys.exit(3)", "exit(3)", "import os; os._exit(3)", RAISES_EXIT])
+def test_an_exit_status_that_tee_hides_is_a_failure_without_a_launcher_too(job: Hosts, text: str) -> None:
+    job.write("train.py", text)
+    job.write("x.sh", "python train.py 2>&1 | tee log.txt\n")
+    job.start("x.sh")
+    assert job.end() == [3], job.log(ALONE)
+    assert job.failure(ALONE).startswith("train.py ended with exit code 3"), job.failure(ALONE)
+
+
+def test_an_exit_that_a_program_catches_is_none(job: Hosts) -> None:
+    job.write("part.py", "raise SystemExit(3)\n")
+    job.write("train.py", "import _thread, time\ntry:\n    import part\nexcept SystemExit:\n    pass\n"
+              "def leave(): raise SystemExit(4)\n_thread.start_new_thread(leave, ())\ntime.sleep(0.2)\n")  # fmt: skip
+    job.write("x.sh", "python train.py 2>&1 | tee log.txt\n")
+    job.start("x.sh")
+    assert job.end() == [0], job.log(ALONE) + job.failure(ALONE)
 
 
 @pytest.mark.parametrize("text", ["import sys; sys.exit(3)", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
@@ -425,6 +450,15 @@ def test_the_second_term_is_passed_on(job: Hosts) -> None:
     os.kill(job.running[ALONE].pid, signal.SIGTERM)
     assert job.end() == [143]
     assert "heard 2" in job.log(ALONE)
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_rank_of_a_workload_that_ends_at_once_has_ended_with_its_status(job: Hosts, code: int) -> None:
+    """Estiba's workloads end by os._exit, which runs no exit handlers."""
+    job.write("train.py", f"import os; os._exit({code})")
+    job.write("x.sh", "python launcher.py 2 train.py | tee log.txt\n")
+    job.start("x.sh")
+    assert job.end() == [code], job.log(ALONE) + job.failure(ALONE)
 
 
 def test_a_script_can_start_a_workload_of_the_image(job: Hosts, tmp_path: Path) -> None:

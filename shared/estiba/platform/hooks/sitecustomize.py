@@ -10,7 +10,9 @@ no import of estiba, which the script's own interpreter need not have.
 
 from __future__ import annotations
 
+import _thread
 import atexit
+import builtins
 import contextlib
 import importlib.abc
 import importlib.machinery
@@ -22,7 +24,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from types import FrameType, ModuleType
+from types import CodeType, FrameType, ModuleType
 from typing import Any
 
 FOLDER = os.environ.get("ESTIBA_RUN_DIR", "")
@@ -134,7 +136,7 @@ def _code_of(status: Any) -> int:
 
 
 def _watch_end() -> None:
-    before_hook, before_exit = sys.excepthook, sys.exit
+    before_hook, before_exit, before_exit_now = sys.excepthook, sys.exit, os._exit
     owner = os.getpid()
 
     def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -148,14 +150,57 @@ def _watch_end() -> None:
         _exit_code = status
         before_exit(status)
 
+    def leave_now(status: int) -> Any:
+        if os.getpid() == owner:
+            _ended(_code_of(status), None)
+        before_exit_now(status)
+
     def at_exit() -> None:
         if os.getpid() != owner:  # a forked child that ends as a program of its own
             return
         error = getattr(sys, "last_value", None)  # set where a script replaced sys.excepthook
         _ended(_code_of(_exit_code) if error is None else 1, error)
 
-    sys.excepthook, sys.exit = hook, leave  # type: ignore[assignment]
+    sys.excepthook, sys.exit, os._exit = hook, leave, leave_now  # type: ignore[assignment]
     atexit.register(at_exit)
+    _watch_quit()
+    _watch_raised_exit()
+
+
+def _watch_quit() -> None:
+    """`exit(n)` and `quit(n)`, which raise SystemExit themselves."""
+    quitter: Any = type(builtins.exit)
+    before = quitter.__call__
+
+    def leave(self: Any, code: Any = None) -> Any:
+        global _exit_code
+        _exit_code = code
+        before(self, code)
+
+    quitter.__call__ = leave
+
+
+def _watch_raised_exit() -> None:
+    """`raise SystemExit(n)`, which calls no hook. Python before 3.12 shows it to nobody."""
+    monitoring: Any = getattr(sys, "monitoring", None)
+    if monitoring is None:
+        return
+    main_thread = _thread.get_ident()
+
+    def unwound(_code: CodeType, _offset: int, error: BaseException) -> None:
+        """Called for each frame that an exception leaves; the outermost one of the main thread ends the program."""
+        global _exit_code
+        if isinstance(error, SystemExit) and _thread.get_ident() == main_thread:
+            with contextlib.suppress(ValueError):
+                if sys._getframe(1).f_back is None:
+                    _exit_code = error.code
+
+    tool = next((number for number in (4, 3, 2, 1, 0, 5) if monitoring.get_tool(number) is None), None)
+    if tool is None:
+        return
+    monitoring.use_tool_id(tool, "estiba")
+    monitoring.register_callback(tool, monitoring.events.PY_UNWIND, unwound)
+    monitoring.set_events(tool, monitoring.events.PY_UNWIND)
 
 
 def _watch_end_of_multiprocessing_child() -> None:
