@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 
 from estiba.errors import ConfigError
 from estiba.platform.submit_directory import fetch
+from shared.script_hosts import Hosts
 
 FILES = {"finetune.py": "print('hola')", "requirements.txt": "", "lib/tools.py": "WORD = 1"}
 
@@ -94,3 +98,20 @@ def test_a_location_without_the_program_is_refused_by_name(place: str, says: str
         fetch(f"{code}/{place}", tmp_path / "deep" / "out", "finetune.py")
     assert f"{code}/{place}" in str(error.value)
     assert not list(tmp_path.rglob("evil"))
+
+
+def test_each_of_several_hosts_runs_the_archive_that_the_sdk_uploaded(hosts: Callable[..., Hosts], s3_url: str) -> None:
+    """The SDK's estimators name program and archive in hyperparameters, encoded as JSON."""
+    files = {"train.py": "import lib.tools, sys\nprint('trained', lib.tools.WORD, sys.argv[1:])", **FILES}
+    bucket, _, prefix = s3_url.removeprefix("s3://").partition("/")
+    boto3.client("s3").put_object(Bucket=bucket, Key=f"{prefix}/source/sourcedir.tar.gz", Body=packed(files))
+    job = hosts("127.0.0.1", "127.0.0.2")
+    for name in job.names:
+        shutil.rmtree(job.root(name) / "code")
+    archive = json.dumps(f"{s3_url}/source/sourcedir.tar.gz")
+    settings = {"sagemaker_program": '"train.py"', "sagemaker_submit_directory": archive, "epochs": "2"}
+    job.start("", hyperparameters=settings)
+    assert job.end() == [0, 0], job.log("127.0.0.1")
+    for name in job.names:
+        assert "trained 1 ['--epochs', '2']" in job.log(name)
+        assert (job.root(name) / "code/lib/tools.py").exists()
