@@ -136,9 +136,11 @@ class HostAgent:
 
     def verdict(self) -> Failure | None:
         """Return why this host must end because of another one; None while all is well."""
-        with self._changed:
-            found = [failure for peer in self.peers.values() for failure in peer.failures]
-            return first([*found, *self._losses.values()])
+        return first(self._ends_of_others())
+
+    def loss(self) -> Failure | None:
+        """Return why ranks of another host are gone; None while all are there, or end in order after a stop."""
+        return first(failure for failure in self._ends_of_others() if failure.kind != STOPPED)
 
     def wait_for_all(self, pause: Callable[[float], None], *, wait_s: float, refused_s: float, tell_s: float) -> None:
         """Wait until every other host is ready too. `pause` sleeps and may raise.
@@ -212,6 +214,11 @@ class HostAgent:
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
+
+    def _ends_of_others(self) -> list[Failure]:
+        with self._changed:
+            told = [failure for peer in self.peers.values() for failure in peer.failures]
+            return [*told, *self._losses.values()]
 
     def _all_failures(self) -> list[Failure]:
         peers = self.peers.values()

@@ -39,7 +39,8 @@ RESERVE_S = 4.0
 TAIL_BYTES = 16_384
 AGENT_POLL_S = 0.5
 LOST_FILE = "ESTIBA_LOST_FILE"
-"""Names the file that says which host was lost. A rank that waits for it in a collective cannot handle SIGTERM."""
+"""Names the file that says why ranks of another host are gone. A rank that waits for them in a collective cannot handle
+SIGTERM."""
 _PR_SET_CHILD_SUBREAPER = 36
 CHILD_ENVIRONMENT = {"GOMP_SPINCOUNT": "3000"}
 """Defaults for the child's environment.
@@ -130,7 +131,11 @@ class Supervisor:
 
     def _watch(self) -> None:
         """Called after every signal and every `poll_s`: end with the other hosts, and when no step is made."""
-        if self._stopping is not None or self._status is not None:
+        if self._status is not None:
+            return
+        if self._stopping is not None:
+            if self.agent is not None and (loss := self.agent.loss()) is not None:  # while all save together
+                self._tell_ranks(loss)
             return
         if self.agent is not None and (verdict := self.agent.verdict()) is not None:
             self._stop_for(verdict)
@@ -159,11 +164,14 @@ class Supervisor:
     def _stop_for(self, verdict: Failure) -> None:
         logger.error("stopping, since %s", describe(verdict))
         self.verdict = verdict
-        if verdict.kind == LOST and (path := self.environ.get(LOST_FILE)):
-            with contextlib.suppress(OSError):
-                Path(f"{path}.new").write_text(describe(verdict))
-                os.replace(f"{path}.new", path)
+        if verdict.kind != STOPPED:  # a stop alone takes no ranks away: all of them save together
+            self._tell_ranks(verdict)
         self._forward(signal.SIGTERM)
+
+    def _tell_ranks(self, loss: Failure) -> None:
+        path = Path(self.environ.get(LOST_FILE, ""))
+        if path.name and not path.exists():
+            tell_ranks(path, loss)
 
     def _start(self) -> tuple[subprocess.Popen[bytes], threading.Thread | None]:
         terminal = 0 if os.isatty(0) else None
@@ -306,6 +314,14 @@ class Supervisor:
         return (
             f"{last_line}\n({what} ended with exit code {code})" if last_line else f"{what} ended with exit code {code}"
         )
+
+
+def tell_ranks(path: Path, loss: Failure) -> None:
+    """Write ESTIBA_LOST_FILE, whole or not at all."""
+    with contextlib.suppress(OSError):
+        new = path.with_name(f"{path.name}.new")
+        new.write_text(describe(loss))
+        os.replace(new, path)
 
 
 def describe(failure: Failure) -> str:
