@@ -104,6 +104,46 @@ def test_an_error_on_one_host_ends_all_with_its_rank_host_and_exception(hosts: C
     assert job.model(A) == ["saved"], "the others get TERM, so that they save"
 
 
+WAITS = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("training", flush=True)
+while not os.path.exists(os.environ["ESTIBA_LOST_FILE"]):
+    time.sleep(0.02)
+print("heard:", open(os.environ["ESTIBA_LOST_FILE"]).read(), flush=True)
+sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("error", ["RuntimeError('Connection closed by peer [10.0.0.2]')", "ValueError('loss is nan')"])
+def test_ranks_that_wait_in_a_collective_are_told_that_those_of_another_host_have_ended(
+    hosts: Callable[..., Hosts], error: str
+) -> None:
+    """Also when that host ended since it lost a third one: each rank of a replica must save its part."""
+    job = hosts(A, B)
+    job.write("train.py", WAITS)
+    job.write_on(B, "train.py", FAILS.format(delay=1, error=error))
+    job.write("train.sh", TRAIN_SH)
+    job.start("train.sh", env={**QUICK, "ESTIBA_STOP_GRACE_S": "30"})
+    job.end()
+    name, _, text = error.removesuffix("')").partition("('")
+    assert f"heard: {name}: {text} (rank 1 on {B}, " in job.log(A), job.log(A)
+
+
+def test_ranks_that_save_together_after_a_stop_are_told_of_a_host_that_is_lost_meanwhile(
+    hosts: Callable[..., Hosts],
+) -> None:
+    job = hosts(A, B)
+    job.write("train.py", WAITS)
+    job.write("train.sh", TRAIN_SH)
+    job.start("train.sh", env={**QUICK, "ESTIBA_STOP_GRACE_S": "30"}).wait_for("training")
+    job.term(B).wait_for("stopping, since", A)
+    assert "heard" not in job.log(A), "a stop alone takes no ranks away"
+    job.signal_all(B, signal.SIGKILL)
+    job.end(A)
+    assert f"heard: lost host {B}: no heartbeat" in job.log(A), job.log(A)
+
+
 def test_a_lost_connection_is_not_the_reason_when_the_error_comes_later(hosts: Callable[..., Hosts]) -> None:
     """torchrun on the host of the error may take half a minute to end; the others' connections break at once."""
     job = hosts(A, B)
@@ -317,6 +357,30 @@ def test_the_agents_of_another_job_are_ignored() -> None:
     assert ours.peers[B].heard_at is None
     ours.close()
     theirs.close()
+
+
+def test_hosts_find_each_other_where_only_the_first_ones_address_is_known() -> None:
+    names, port = ["node-0", "node-1", "node-2"], free_port()
+
+    def agent(name: str) -> HostAgent:
+        return HostAgent(names, name, token="t", port=port, lost_s=5, first_address=A).start()
+
+    agents = {name: agent(name) for name in reversed(names)}
+    while not all(peer.heard_at for each in agents.values() for peer in each.peers.values()):
+        time.sleep(0.02)
+    assert agents["node-1"].addresses.of("node-2") == (A, agents["node-2"].addresses.port)
+    agents["node-0"].close()  # the others know each other without it from now on
+    agents["node-2"].publish(failure=Failure(text="ValueError: found", host="node-2", at=1.0))
+    while (verdict := agents["node-1"].verdict()) is None:
+        time.sleep(0.02)
+    assert verdict.text == "ValueError: found"
+    for each in agents.values():
+        each.close()
+
+
+def test_two_jobs_of_aws_batch_are_told_apart_and_the_nodes_of_one_are_not() -> None:
+    tokens = [token_of({"AWS_BATCH_JOB_ID": name}, [A, B]) for name in ("one#0", "one#1", "two#0")]
+    assert tokens[0] == tokens[1] != tokens[2]
 
 
 @pytest.mark.parametrize("seed", range(3))

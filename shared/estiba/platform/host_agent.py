@@ -1,9 +1,10 @@
 """The host agent: what each host of a job tells the others once a second, and what it concludes from their silence.
 
-Every agent listens on one TCP port and calls every other host. One exchange is a JSON line each way: phase, failures,
-step. No host is central, so any may die. A host is lost after LOST_S without an exchange in either direction; a shorter
-cut costs nothing. A host that ended in order is not lost. Messages of another job on the same network are dropped by
-their token, which tells jobs apart and is no password. Standard library only; all threads are daemons.
+Every agent listens on a TCP port and calls every other host (`agent_addresses`). One exchange is a JSON line each way:
+phase, failures, step. No host is central, so any may die. A host is lost after LOST_S without an exchange in either
+direction; a shorter cut costs nothing. A host that ended in order is not lost. Messages of another job on the same
+network are dropped by their token, which tells jobs apart and is no password.
+Standard library only; all threads are daemons.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 from estiba.errors import RanksLost
 from estiba.log import get_logger
+from estiba.platform.agent_addresses import Addresses
 from estiba.platform.hosts import Hosts
 from estiba.platform.outcomes import CONSEQUENCE, LOST, STOPPED, Failure, first
 from estiba.platform.stop import seconds
@@ -29,6 +31,7 @@ from estiba.platform.stop import seconds
 logger = get_logger("estiba.platform.host_agent")
 PORT = 7979
 BEAT_S = 1.0
+POLL_S = 0.2
 LOST_S = 20.0
 """Silence after which a host is lost. With the exchanges' own timeouts it is known to all within 30 s."""
 SILENT_S = 6.0
@@ -42,6 +45,8 @@ SETTLE_S = 2.0
 FROZEN_S = 5.0
 """A gap between two beats of this host's own clock: it stood still itself, so the others' silence proves nothing."""
 MAX_BYTES = 65_536
+JOB_NAMES = ("ESTIBA_JOB_TOKEN", "TRAINING_JOB_ARN", "TRAINING_JOB_NAME", "AWS_BATCH_JOB_ID", "PET_RDZV_ID")
+"""Variables of which one tells this job from others on its network."""
 PREPARING, READY, RUNNING, ENDED = "preparing", "ready", "running", "ended"
 EXIT_LOST = RanksLost.exit_code
 """Exit status after another host was lost: EX_TEMPFAIL, start again. A bug keeps its own status, a stop has 143."""
@@ -78,11 +83,13 @@ class HostAgent:
         token: str,
         port: int = PORT,
         lost_s: float = LOST_S,
+        first_address: str | None = None,
     ) -> None:
+        """`first_address` is where the first host is, if no others' address is known and the names are made up."""
         self.current = current
         self.token = token
-        self.port = port
         self.lost_s = lost_s
+        self.addresses = Addresses(hosts, current, port, first_address=first_address)
         self.peers = {host: Peer() for host in hosts if host != current}
         self._changed = threading.Condition()
         self._version = 0
@@ -98,10 +105,7 @@ class HostAgent:
 
     def start(self) -> HostAgent:
         """Listen and call the others. Raises OSError if the port is taken."""
-        listener = socket.socket()
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((_address_to_bind(self.current, list(self.peers)), self.port))
-        listener.listen(128)
+        listener = self.addresses.listen()
         # Signals are for the main thread; another one would take them from its sigtimedwait.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
@@ -163,7 +167,7 @@ class HostAgent:
                 }
             for host in sorted(old - given_up):
                 logger.warning("%s runs no host agent (an older image?); this host starts without watching it", host)
-            given_up |= old
+            given_up |= set(self.peers) if self.addresses.depend_on in old else old
             waiting = [host for host in waiting if host not in given_up]
             if not waiting:
                 break
@@ -172,7 +176,7 @@ class HostAgent:
             if now - told >= tell_s:
                 told = now
                 logger.info("waiting for %s to be ready: %.0f s", ", ".join(waiting), now - started)
-            pause(0.2)
+            pause(POLL_S)
         self.publish(phase=RUNNING)
 
     def finish(self, failure: Failure | None) -> Failure | None:
@@ -242,7 +246,7 @@ class HostAgent:
             connection.settimeout(self.lost_s)
             with connection.makefile("rb") as lines:
                 while not self._is_closed and (line := lines.readline(MAX_BYTES)):
-                    if not self._hear(line):
+                    if not self._hear(line, caller=connection.getpeername()[0]):
                         return
                     connection.sendall(self._state()[0])
 
@@ -250,8 +254,11 @@ class HostAgent:
         """Exchange states with one host every BEAT_S, and at once when this host's state changes."""
         peer = self.peers[host]
         while not self._is_closed:
+            if (address := self.addresses.of(host)) is None:
+                time.sleep(POLL_S)
+                continue
             try:
-                with socket.create_connection((host, self.port), timeout=CALL_S) as connection:
+                with socket.create_connection(address, timeout=CALL_S) as connection:
                     connection.settimeout(CALL_S)
                     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     with connection.makefile("rb") as lines:
@@ -326,10 +333,11 @@ class HostAgent:
                 "failures": [failure.as_dict() for failure in self._failures[-4:]],
                 "observed": [failure.as_dict() for failure in self._observed[:4]],
                 "step": self._step,
+                **self.addresses.message(),
             }
             return json.dumps(message).encode() + b"\n", self._version
 
-    def _hear(self, line: bytes) -> bool:
+    def _hear(self, line: bytes, *, caller: str | None = None) -> bool:
         """Note another host's state. Returns False for a message that is not from this job."""
         if not line:
             return False
@@ -339,7 +347,8 @@ class HostAgent:
         peer = self.peers.get(str(message.get("host")))
         if peer is None:
             return False
-        with contextlib.suppress(TypeError, KeyError):
+        with contextlib.suppress(TypeError, KeyError, AttributeError):
+            self.addresses.learn(str(message["host"]), message, caller)
             failures = [Failure.from_dict(one) for one in message["failures"]]
             observed = [Failure.from_dict(one) for one in message["observed"]]
             with self._changed:
@@ -352,7 +361,7 @@ class HostAgent:
 
 def token_of(environ: Mapping[str, str], hosts: Sequence[str]) -> str:
     """Return what tells this job from others on its network: the same on all of its hosts."""
-    name = environ.get("ESTIBA_JOB_TOKEN") or environ.get("TRAINING_JOB_ARN") or environ.get("TRAINING_JOB_NAME") or ""
+    name = next(filter(None, map(environ.get, JOB_NAMES)), "").partition("#")[0]  # AWS Batch adds `#` and the node
     return hashlib.sha256("\n".join([name, *sorted(hosts)]).encode()).hexdigest()
 
 
@@ -360,12 +369,14 @@ def start_agent(hosts: Hosts, environ: Mapping[str, str]) -> HostAgent | None:
     """Start this host's agent if the job has several hosts that can reach each other. Raises ConfigError."""
     if len(hosts.names) == 1 or environ.get("ESTIBA_HOST_AGENT") == "0":
         return None
-    if not hosts.are_names_reachable:
-        logger.warning("%s tells only the first host's address, so hosts do not watch each other", hosts.source)
+    if not hosts.are_names_reachable and hosts.main_address is None:
+        logger.warning("%s tells no host's address, so hosts do not watch each other", hosts.source)
         return None
     port = int(seconds(environ, "ESTIBA_AGENT_PORT") or PORT)
     lost_s = seconds(environ, "ESTIBA_HOST_LOST_S") or LOST_S
-    agent = HostAgent(hosts.names, hosts.current, token=token_of(environ, hosts.names), port=port, lost_s=lost_s)
+    first_address = None if hosts.are_names_reachable else hosts.main_address
+    token = token_of(environ, hosts.names)
+    agent = HostAgent(hosts.names, hosts.current, token=token, port=port, lost_s=lost_s, first_address=first_address)
     try:
         return agent.start()
     except OSError as error:
@@ -376,18 +387,3 @@ def start_agent(hosts: Hosts, environ: Mapping[str, str]) -> HostAgent | None:
 def stopped(signal_name: str, host: str) -> Failure:
     """What a host tells the others that was asked to stop."""
     return Failure(text=f"{signal_name} on {host}", host=host, at=time.time(), code=143, kind=STOPPED)
-
-
-def _address_to_bind(current: str, peers: Sequence[str]) -> str:
-    """All interfaces, but only this host's own address where the hosts share one machine's loopback network."""
-    own = _resolved(current)
-    others = [address for address in map(_resolved, peers) if address is not None]
-    is_loopback = own is not None and all(address.startswith("127.") for address in (own, *others))
-    return own if is_loopback and own is not None and others else "0.0.0.0"
-
-
-def _resolved(host: str) -> str | None:
-    try:
-        return socket.gethostbyname(host)
-    except OSError:
-        return None

@@ -29,6 +29,7 @@ from estiba.paths import checkpoint_locations, match_local_copy, only_job_in
 from estiba.platform.contract import Job
 from estiba.platform.stop import Stop
 from estiba.training.config import TrainerConfig, TrainingConfig
+from estiba.training.host_watch import watched_hosts
 from estiba.training.metrics import MetricsLogger
 from estiba.training.task import TrainTask
 from estiba.training.trainer import Trainer
@@ -120,6 +121,7 @@ def fit(
             folder, retention=config.retention(), upload=upload, dist=dist, mesh=mesh
         )
     with ExitStack() as resources:
+        resources.enter_context(watched_hosts(job, dist, stop))
         if dist.is_main:
             resources.enter_context(only_job_in(output, "--output-dir"))
         run = Run(

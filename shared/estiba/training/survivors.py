@@ -25,7 +25,7 @@ from estiba.checkpoint.manager import CheckpointManager
 from estiba.errors import RanksLost, first_line
 from estiba.log import get_logger
 from estiba.platform.contract import root_of
-from estiba.platform.failure import write_failure
+from estiba.platform.failure import read_failure, write_failure
 from estiba.platform.outcomes import CONSEQUENCE, kind_of
 from estiba.platform.stop import Stop
 from estiba.platform.supervisor import LOST_FILE, RESERVE_S
@@ -79,15 +79,20 @@ class Survivors:
         if self._finished.wait(SETTLE_S) or not self._ending.acquire(blocking=False):
             return
         assert self._checkpoints is not None
-        error = RanksLost(self._save(end - time.monotonic()))  # PID 1 tells which host was lost
+        error = RanksLost(self._save(end - time.monotonic()))
         try:
             self._checkpoints.close(max(0.0, end - time.monotonic()))
         finally:
             logger.error("%s", error)
-            failure = root_of() / "output/failure"
-            if not failure.exists():  # another rank told why it left
-                write_failure(failure, str(error))
+            self._write_failure(str(error), path.read_text())
             os._exit(error.exit_code)  # the main thread waits for ranks that are gone
+
+    def _write_failure(self, saved: str, reason: str) -> None:
+        """Write what is safe, below the reason if `host_watch` wrote it already; PID 1 writes it at the end."""
+        path = root_of() / "output/failure"
+        written = (read_failure(path) or "").strip()
+        if written in ("", reason):  # else another rank told why it left
+            write_failure(path, "\n\n".join(filter(None, [written, saved])))
 
     def _seconds_left(self) -> float:
         left_s = self._stop.seconds_left()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 240
+Scheduler = Callable[[int, str], tuple[list[str], dict[str, str]]]
 
 
 def free_port() -> int:
@@ -34,7 +35,7 @@ class Hosts:
         *,
         environ: Mapping[str, str] | None = None,
         is_watched: bool = False,
-        scheduler: Callable[[int, str], tuple[list[str], dict[str, str]]] | None = None,
+        scheduler: Scheduler | None = None,
     ) -> None:
         """`is_watched` puts PID 1 above each host's processes, whose agents find each other on 127.0.0.N.
 
@@ -138,3 +139,21 @@ def run(root: Path, count: int, arguments: Sequence[str], **options: Any) -> Hos
     codes = hosts.wait()
     assert codes == [0] * count, hosts.logs()
     return hosts
+
+
+def of_torchrun(index: int, port: str) -> tuple[list[str], dict[str, str]]:
+    words = f"torch.distributed.run --nnodes 2 --node_rank {index} --nproc_per_node 1 --master_addr 127.0.0.1"
+    return [sys.executable, "-m", *words.split(), "--master_port", port, "-m", "multinode"], {}
+
+
+def of_batch(index: int, port: str) -> tuple[list[str], dict[str, str]]:
+    """An AWS Batch node under PID 1. Only the nodes that are not the main one have its address."""
+    variables = {
+        "AWS_BATCH_JOB_NODE_INDEX": str(index),
+        "AWS_BATCH_JOB_NUM_NODES": "2",
+        "AWS_BATCH_JOB_MAIN_NODE_INDEX": "0",
+        "MASTER_PORT": port,
+    }
+    if index:
+        variables["AWS_BATCH_JOB_MAIN_NODE_PRIVATE_IPV4_ADDRESS"] = "127.0.0.1"
+    return [sys.executable, "-m", "estiba.platform.entry"], variables

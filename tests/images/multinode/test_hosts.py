@@ -6,14 +6,12 @@ import hashlib
 import re
 import shutil
 import signal
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny_model
 import torch
-from hosts import Hosts, run
+from hosts import Hosts, Scheduler, of_batch, of_torchrun, run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -229,28 +227,10 @@ def test_bfloat16_trains_on_a_cpu_and_keeps_float32_parameters_and_sums(
     assert {tensor.dtype for name, tensor in saved.items() if name.startswith("model/")} == {torch.float32}
 
 
-def of_torchrun(index: int, port: str) -> tuple[list[str], dict[str, str]]:
-    words = f"torch.distributed.run --nnodes 2 --node_rank {index} --nproc_per_node 1 --master_addr 127.0.0.1"
-    return [sys.executable, "-m", *words.split(), "--master_port", port, "-m", "multinode"], {}
-
-
-def of_batch(index: int, port: str) -> tuple[list[str], dict[str, str]]:
-    """An AWS Batch node under PID 1. Only the nodes that are not the main one have its address."""
-    variables = {
-        "AWS_BATCH_JOB_NODE_INDEX": str(index),
-        "AWS_BATCH_JOB_NUM_NODES": "2",
-        "AWS_BATCH_JOB_MAIN_NODE_INDEX": "0",
-        "MASTER_PORT": port,
-    }
-    if index:
-        variables["AWS_BATCH_JOB_MAIN_NODE_PRIVATE_IPV4_ADDRESS"] = "127.0.0.1"
-    return [sys.executable, "-m", "estiba.platform.entry"], variables
-
-
 @pytest.mark.parametrize("scheduler", [of_torchrun, of_batch])
 def test_hosts_that_another_scheduler_started_have_the_same_loss_and_end_when_one_is_lost(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, whole: dict[str, Hosts], arguments: list[str],
-    scheduler: Callable[[int, str], tuple[list[str], dict[str, str]]],
+    scheduler: Scheduler,
 ) -> None:  # fmt: skip
     one = undisturbed(whole, tmp_path_factory.mktemp("one"), 1, arguments)
     two = run(tmp_path / "two", 2, arguments, scheduler=scheduler)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hosts import Hosts, run
+from hosts import Hosts, Scheduler, of_batch, of_torchrun, run
 
 from estiba.checkpoint.sharded import format as sharded_format
 from estiba.storage import FileStore
@@ -98,6 +98,45 @@ def test_a_rank_of_a_broken_replica_does_not_say_that_its_part_is_a_checkpoint(
     assert four.wait()[1:] == [75, 75, 75], four.logs()
     assert "this replica saved everything" not in four.failure(1)
     assert "counts once the replica's first rank has committed it" in four.failure(1)
+
+
+def test_a_whole_replica_saves_when_the_broken_ones_other_host_ends_before_the_loss_is_certain(
+    tmp_path: Path, arguments: list[str]
+) -> None:
+    """Host 1 breaks at once. Its end is what hosts 2 and 3 hear first, of which one may wait for the other alone."""
+    shared = [*no_saves(arguments, steps=1000), "--replicas", "2", "--checkpoint-path", str(tmp_path / "shared")]
+    environ = {"ESTIBA_HOST_LOST_S": "3", "ESTIBA_STOP_GRACE_S": "40"}
+    four = Hosts(tmp_path, 4, shared, environ=environ, is_watched=True)
+    four.wait_for("step=5 of")
+    four.signal_all(signal.SIGKILL, 0)
+    assert four.wait()[1:] == [75, 75, 75], four.logs()
+    for host in (1, 2, 3):
+        assert four.failure(host).startswith("lost host 127.0.0.1: no heartbeat for "), four.failure(host)
+    step = saved_step(four.failure(2))
+    assert step >= 5
+    (name,) = sharded_format.committed(FileStore(tmp_path / "shared").list())
+    manifest = sharded_format.read_manifest(FileStore(tmp_path / "shared"), name)
+    assert [(part.rank, part.ranks, part.step) for part in manifest.parts] == [(0, 2, step), (1, 2, step)]
+    assert "this replica saved everything" not in four.failure(1)
+
+
+@pytest.mark.parametrize("scheduler", [of_torchrun, of_batch])
+def test_a_frozen_host_is_noticed_where_only_the_first_ones_address_is_known(
+    tmp_path: Path, arguments: list[str], scheduler: Scheduler
+) -> None:
+    shared = [*no_saves(arguments, steps=1000), "--replicas", "2", "--checkpoint-path", str(tmp_path / "shared")]
+    two = Hosts(tmp_path, 2, shared, environ={"ESTIBA_HOST_LOST_S": "3"}, scheduler=scheduler)
+    two.wait_for("step=6 of")
+    two.signal_all(signal.SIGSTOP, 1)
+    try:
+        assert two.processes[0].wait(90) in (1, 75), two.logs()  # torchrun has a status of its own
+    finally:
+        two.signal_all(signal.SIGKILL, 1)
+        two.wait()
+    assert re.match(r"lost host node-1: no heartbeat for \d+ s\n\nthis replica saved", two.failure()), two.failure()
+    step = saved_step(two.failure())
+    assert step >= 6
+    assert sharded_format.committed(FileStore(tmp_path / "shared").list()) == [f"step-{step:08d}"]
 
 
 def test_a_replica_saves_its_step_while_its_main_thread_waits_for_a_frozen_host(
