@@ -88,7 +88,7 @@ class _HostWatch:
             if self._agent is not None and (loss := self._agent.loss()) is not None:
                 write_failure(self._failure_path, describe(loss))
                 tell_ranks(self.path, loss)
-            elif self._finished.wait(POLL_S):
+            if self._finished.wait(POLL_S):
                 return
         reason = self.path.read_text()
         self._stop.request(reason)

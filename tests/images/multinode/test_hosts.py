@@ -235,8 +235,10 @@ def test_hosts_that_another_scheduler_started_have_the_same_loss_and_end_when_on
     one = undisturbed(whole, tmp_path_factory.mktemp("one"), 1, arguments)
     two = run(tmp_path / "two", 2, arguments, scheduler=scheduler)
     same_within(one.column("train_loss"), two.column("train_loss"), 1e-6)
-    lost = Hosts(tmp_path / "lost", 2, [*arguments, "--max-steps", "400"], scheduler=scheduler)
+    environ = {"ESTIBA_HOST_LOST_S": "3"}
+    lost = Hosts(tmp_path / "lost", 2, [*arguments, "--max-steps", "400"], scheduler=scheduler, environ=environ)
     lost.wait_for("step=4 of")
     lost.signal_all(signal.SIGKILL, 1)
     assert lost.wait()[0] in (1, 75), lost.logs()  # torchrun has a status of its own
     assert "lost other ranks of the run" in lost.log()
+    assert lost.failure().startswith("lost host node-1: no heartbeat for "), lost.failure()

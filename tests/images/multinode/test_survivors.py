@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -87,23 +88,13 @@ def test_a_replica_over_two_hosts_saves_its_step_and_the_broken_one_saves_nothin
     assert max(abs(a - b) for a, b in zip(resumed.column("train_loss")[step:], expected[step:], strict=True)) <= 1e-6
 
 
-def test_a_rank_of_a_broken_replica_does_not_say_that_its_part_is_a_checkpoint(
-    tmp_path: Path, arguments: list[str]
-) -> None:
-    """The first rank of its replica, which would commit it, is the one that is lost."""
-    shared = [*no_saves(arguments), "--replicas", "2", "--checkpoint-path", str(tmp_path / "shared")]
-    four = Hosts(tmp_path, 4, shared, environ={"ESTIBA_STOP_GRACE_S": "20"})
-    four.wait_for("step=5 of")
-    four.signal(signal.SIGKILL, [0])
-    assert four.wait()[1:] == [75, 75, 75], four.logs()
-    assert "this replica saved everything" not in four.failure(1)
-    assert "counts once the replica's first rank has committed it" in four.failure(1)
-
-
 def test_a_whole_replica_saves_when_the_broken_ones_other_host_ends_before_the_loss_is_certain(
     tmp_path: Path, arguments: list[str]
 ) -> None:
-    """Host 1 breaks at once. Its end is what hosts 2 and 3 hear first, of which one may wait for the other alone."""
+    """Host 1 breaks at once. Its end is what hosts 2 and 3 hear first, of which one may wait for the other alone.
+
+    Host 0, the first of the broken replica, would commit it: host 1 must not say that its part is a checkpoint.
+    """
     shared = [*no_saves(arguments, steps=1000), "--replicas", "2", "--checkpoint-path", str(tmp_path / "shared")]
     environ = {"ESTIBA_HOST_LOST_S": "3", "ESTIBA_STOP_GRACE_S": "40"}
     four = Hosts(tmp_path, 4, shared, environ=environ, is_watched=True)
@@ -118,6 +109,7 @@ def test_a_whole_replica_saves_when_the_broken_ones_other_host_ends_before_the_l
     manifest = sharded_format.read_manifest(FileStore(tmp_path / "shared"), name)
     assert [(part.rank, part.ranks, part.step) for part in manifest.parts] == [(0, 2, step), (1, 2, step)]
     assert "this replica saved everything" not in four.failure(1)
+    assert "counts once the replica's first rank has committed it" in four.failure(1)
 
 
 @pytest.mark.parametrize("scheduler", [of_torchrun, of_batch])
@@ -137,6 +129,44 @@ def test_a_frozen_host_is_noticed_where_only_the_first_ones_address_is_known(
     step = saved_step(two.failure())
     assert step >= 6
     assert sharded_format.committed(FileStore(tmp_path / "shared").list()) == [f"step-{step:08d}"]
+
+
+WAITS = """
+import time
+from estiba.distributed import DistContext
+from estiba.platform.contract import Job
+from estiba.platform.stop import Stop
+from estiba.training.host_watch import watched_hosts
+dist = DistContext.init("cpu")
+with watched_hosts(Job.read(), dist, Stop.from_environment()):
+    print("watched", flush=True)
+    if dist.is_main:
+        dist.barrier()
+    time.sleep(600)
+"""
+
+
+def test_a_rank_that_waits_for_a_lost_host_where_it_has_nothing_to_save_ends_after_the_grace_period(
+    tmp_path: Path,
+) -> None:
+    """While the model is loaded or written, for instance, below a torchrun that PID 1 did not start."""
+
+    def ranks(index: int, _port: str) -> tuple[list[str], dict[str, str]]:
+        of_host = {"RANK": str(index), "GROUP_RANK": str(index), "LOCAL_RANK": "0"}
+        return [sys.executable, "-c", WAITS], {**of_host, "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"}
+
+    environ = {"ESTIBA_HOST_LOST_S": "3", "ESTIBA_STOP_GRACE_S": "6"}
+    two = Hosts(tmp_path, 2, [], environ=environ, scheduler=ranks)
+    for host in (0, 1):
+        two.wait_for("watched", host)
+    two.signal_all(signal.SIGSTOP, 1)
+    try:
+        assert two.processes[0].wait(90) == 75, two.logs()
+    finally:
+        two.signal_all(signal.SIGKILL, 1)
+        two.wait()
+    assert two.failure().startswith("lost host node-1: no heartbeat for ")
+    assert "this rank did not end within 2 s" in two.log()
 
 
 def test_a_replica_saves_its_step_while_its_main_thread_waits_for_a_frozen_host(
