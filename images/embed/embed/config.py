@@ -40,6 +40,13 @@ class EmbedConfig(Config):
     """One of the model's own prompts; the default is its prompt for documents, if it has one."""
     max_length: Annotated[int, Field(ge=3)] | None = None
     """Tokens read of a row, special ones included; the default is the model's own."""
+    chunk: Annotated[int, Field(ge=0)] | None = None
+    """Read all of a long text, in chunks of at most this number of tokens, special ones and prompt included; 0 is the
+    most that the model reads. The default reads the beginning only."""
+    chunk_overlap: Annotated[int, Field(ge=0)] = 0
+    """Most tokens of a chunk that the next one repeats; at most half of a chunk's text."""
+    chunk_output: Literal["mean", "rows"] = "mean"
+    """What a row gives: the mean of its chunks' vectors, weighted by their tokens, or a row of the output for each."""
     dimensions: Annotated[int, Field(ge=1)] | None = None
     """Keep only the first dimensions (Matryoshka models), scaled to unit length again; the default keeps all."""
     normalize: bool = True
@@ -141,6 +148,13 @@ class EmbedConfig(Config):
         if value is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", value):
             raise ValueError("is no device of this image; pass cpu, cuda or cuda:N")
         return value
+
+    @model_validator(mode="after")
+    def _chunks_are_asked_for(self) -> EmbedConfig:
+        flag = "--chunk-output rows" if self.chunk_output == "rows" else "--chunk-overlap"
+        if self.chunk is None and (self.chunk_overlap or self.chunk_output == "rows"):
+            raise ValueError(f"{flag} needs --chunk: the number of tokens of a chunk, or 0 for the model's own limit")
+        return self
 
     @model_validator(mode="after")
     def _one_prompt(self) -> EmbedConfig:

@@ -19,8 +19,10 @@ class ChunkSaved:
     """Rows of a partial chunk of an earlier attempt."""
     rest: int
     """Rows that were neither in a batch nor resumed, such as empty ones."""
-    partial_key: str
-    """The key of the partial chunk that this one replaces."""
+    partial_keys: tuple[str, ...]
+    """The keys of the partial chunks that this one replaces."""
+    parts: tuple[tuple[str, str], ...] = ()
+    """Key and name of the chunks that hold the earlier parts of the range, if it has several."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -264,12 +264,13 @@ def old_outputs(config: EmbedConfig, job: Job, state: JobState, model: ModelInfo
 
 
 MODEL_IDENTITY = ("digest", "dtype", "products", "pooling", "prompt", "max_length", "dimensions", "normalize")
+CHUNK_IDENTITY = ("chunk", "chunk_overlap", "chunk_output")
 """What changes a vector. Library versions are not included, so a new image continues the work of the old one."""
 
 
 def chunks_identity(config: EmbedConfig, model: ModelInfo) -> str:
     """Names the chunks that this job can use: same model, same text column, same stored precision."""
-    parts = {name: model.identity[name] for name in MODEL_IDENTITY if name in model.identity}
+    parts = {name: model.identity[name] for name in (*MODEL_IDENTITY, *CHUNK_IDENTITY) if name in model.identity}
     return _digest(parts | {"text_column": config.text_column, "embedding_dtype": config.embedding_dtype})
 
 

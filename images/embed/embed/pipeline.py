@@ -31,9 +31,10 @@ from embed.data.chunks import (
     file_key,
     from_bytes,
     key_of,
-    partial_key_of,
     to_bytes,
 )
+from embed.data.parts import finish_range
+from embed.data.passages import Passages, partial_part_key_of, with_passages
 from embed.data.rows import RangeLimits, text_ranges
 from embed.data.table import Table
 from embed.events import ChunkSaved, Event, FileBroken, PartialSaved, RowsComputed, TaskDone
@@ -69,10 +70,25 @@ class _Item:
     table: Table
     row_range: RowRange
     window: Window
+    passages: Passages | None = None
+    """What the window's rows are, with --chunk. A range with very long texts has several windows."""
 
     @property
     def is_whole_row_group(self) -> bool:
         return self.row_range.rows == self.table.row_group_rows[self.row_range.row_group]
+
+    @property
+    def is_last_of_range(self) -> bool:
+        return self.passages is None or self.passages.is_last
+
+    @property
+    def partial_key(self) -> str:
+        part = 0 if self.passages is None else self.passages.part
+        return partial_part_key_of(file_key(self.table), self.row_range, part)
+
+    def rows_done(self, window_rows: int) -> int:
+        """Rows of the range that so many computed rows of the window stand for."""
+        return window_rows if self.passages is None else self.passages.rows_done(window_rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +116,7 @@ class Pipeline:
         if earlier is not None:
             self.encoder.continue_with(earlier)
         times = StageTimes()
-        saver = _Saver(chunks, self.config.embedding_dtype, emit, times)
+        saver = _Saver(chunks, self.config, emit, times)
 
         def should_end() -> bool:
             return should_stop() or saver.has_failed
@@ -110,6 +126,7 @@ class Pipeline:
                 _read_ahead(self._windows(tasks, chunks, emit, times), WINDOWS_AHEAD, should_end, times)
             ) as windows:
                 path, was_whole = None, False
+                computed = resumed = 0  # rows of the range
                 for item in times.each(windows, COMPUTE_WAITS):
                     if isinstance(item, TaskDone):
                         saver.tell(item)
@@ -123,17 +140,23 @@ class Pipeline:
                     self.encoder.choose_engine(item.window)
                     prior, computed_by = saver.partial_of(item)
                     computed_by += [engine for engine in [self.encoder.computed_by] if engine not in computed_by]
-                    watch = _Watch(item=item, saver=saver, emit=emit, computed_by=computed_by)
+                    prior_rows = 0 if prior is None else prior.rows_done
+                    watch = _Watch(item=item, saver=saver, emit=emit, computed_by=computed_by, resumed=prior_rows)
                     try:
                         with times.measure(COMPUTE):
                             encoded = self.encoder.encode(item.window, should_stop, watch.on_batch, prior)
                     except Stopped as stopped:
-                        if watch.rows:
+                        if watch.computed:
                             saver.wait()
                             saver.save_partial(item, stopped.partial, computed_by)
                         break
-                    resumed = 0 if prior is None else prior.rows_done
-                    saver.save(item, encoded, computed_by, computed=watch.rows, resumed=resumed)
+                    computed, resumed = computed + watch.rows, resumed + item.rows_done(prior_rows)
+                    if item.is_last_of_range:
+                        saver.save(item, encoded, computed_by, computed=computed, resumed=resumed)
+                        computed = resumed = 0
+                    else:
+                        saver.wait()
+                        saver.save_partial(item, encoded, computed_by)
                 saver.wait()
         finally:
             saver.close()
@@ -146,26 +169,31 @@ class Pipeline:
         A file that cannot be read to its end is reported by `emit`.
         """
         rows, characters = CPU_LIMITS if self.encoder.device.startswith("cpu") else GPU_LIMITS
-        row_characters = CHARACTERS_PER_TOKEN * self.encoder.max_length
+        # With --chunk the model reads all of a text.
+        row_characters = CHARACTERS_PER_TOKEN * self.encoder.max_length if self.config.chunk is None else characters
         limits = RangeLimits(rows=rows, characters=characters, row_characters=row_characters)
         for task in tasks:
             for key, name in task.partials:
                 chunks.adopt(key, name)
             try:
                 for text_range in times.each(text_ranges(self.source, task, self.config.text_column, limits), READ):
-                    with times.measure(TOKENISE):
-                        window = self.encoder.tokenize(text_range.texts)
-                    self._name_bad_rows(task.table, text_range.row_range, window)
-                    yield _Item(table=task.table, row_range=text_range.row_range, window=window)
+                    for window, passages in times.each(self.encoder.windows(text_range.texts), TOKENISE):
+                        item = _Item(table=task.table, row_range=text_range.row_range, window=window, passages=passages)
+                        self._name_bad_rows(item)
+                        yield item
             except (DataError, StoreError) as error:
                 if isinstance(error, StoreError) and self.source.is_durable:
                     raise  # S3 was retried for minutes; the job cannot continue
                 emit(FileBroken(path=task.table.path, reason=str(error)))
             yield TaskDone(path=task.table.path, row_group=task.row_group)
 
-    def _name_bad_rows(self, table: Table, row_range: RowRange, window: Window) -> None:
+    def _name_bad_rows(self, item: _Item) -> None:
+        table, row_range = item.table, item.row_range
         first = sum(table.row_group_rows[: row_range.row_group]) + row_range.start
-        for row, token_id in list(window.unknown.items())[:BAD_ROWS_LOGGED]:
+        unknown = item.window.unknown
+        if item.passages is not None:
+            unknown = {int(item.passages.row[passage]): token_id for passage, token_id in unknown.items()}
+        for row, token_id in list(unknown.items())[:BAD_ROWS_LOGGED]:
             token = self.encoder.token_of(token_id)
             logger.warning(
                 f"{table.path}: row {first + row} holds the token {token!r} ({token_id}), which the model's embedding "
@@ -217,27 +245,29 @@ def _read_ahead(
 class _Saver:
     """Saves one chunk while the next one is computed."""
 
-    def __init__(self, chunks: ChunkStore, dtype: str, emit: Callable[[Event], None], times: StageTimes) -> None:
-        self._chunks, self._dtype, self._emit, self._times = chunks, dtype, emit, times
+    def __init__(
+        self, chunks: ChunkStore, config: EmbedConfig, emit: Callable[[Event], None], times: StageTimes
+    ) -> None:
+        self._chunks, self._config, self._emit, self._times = chunks, config, emit, times
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="embed-saver")
         self._saving: Future[None] | None = None
 
     def partial_of(self, item: _Item) -> tuple[Encoded | None, list[dict[str, Any]]]:
         """What an earlier attempt saved of a window, and the engines that computed it."""
-        key = partial_key_of(file_key(item.table), item.row_range)
+        key = item.partial_key
         data = self._chunks.load(key) if key in self._chunks else None
         if data is None:
             return None, []
         prior = encoded_from(data)
         # The same rows of the same text and model; a tokenizer of another version may still read them otherwise.
-        if len(prior.status) != item.row_range.rows or not np.array_equal(prior.n_tokens, item.window.n_tokens):
+        if len(prior.status) != len(item.window.status) or not np.array_equal(prior.n_tokens, item.window.n_tokens):
             return None, []
         return prior, computed_by(from_bytes(data))
 
     def save(
         self, item: _Item, encoded: Encoded, computed_by: list[dict[str, Any]], *, computed: int, resumed: int
     ) -> None:
-        """Save a whole window, of which `computed` rows are this attempt's and `resumed` ones were saved before."""
+        """Save a whole range, of which `computed` rows are this attempt's and `resumed` ones were saved before."""
         self.wait()
         self._saving = self._thread.submit(self._save, item, encoded, computed_by, computed, resumed)
 
@@ -271,20 +301,29 @@ class _Saver:
         self._thread.shutdown(wait=False)
 
     def _save_partial(self, item: _Item, partial: Encoded, computed_by: list[dict[str, Any]]) -> None:
-        key = partial_key_of(file_key(item.table), item.row_range)
+        key, rows = item.partial_key, item.rows_done(partial.rows_done)
         with self._times.measure(SAVE):
-            name = self._chunks.commit(key, to_bytes(partial, PARTIAL_DTYPE, computed_by))
-        self._emit(PartialSaved(key=key, name=name, rows=partial.rows_done))
+            data = to_bytes(partial, PARTIAL_DTYPE, computed_by)
+            if item.passages is not None:
+                data = with_passages(data, item.passages, rows)
+            name = self._chunks.commit(key, data)
+        self._emit(PartialSaved(key=key, name=name, rows=rows))
 
     def _save(
         self, item: _Item, encoded: Encoded, computed_by: list[dict[str, Any]], computed: int, resumed: int
     ) -> None:
         file = file_key(item.table)
-        partial = partial_key_of(file, item.row_range)
+        partials: tuple[str, ...] = (item.partial_key,)
+        parts: tuple[tuple[str, str], ...] = ()
         with self._times.measure(SAVE):
-            data = to_bytes(encoded, self._dtype, computed_by)
+            if item.passages is None:
+                data = to_bytes(encoded, self._config.embedding_dtype, computed_by)
+            else:
+                data, parts, partials = finish_range(
+                    self._chunks, self._config, file, item.row_range, encoded, item.passages, computed_by
+                )
             name = self._chunks.commit(key_of(file, item.row_range), data)
-            self._chunks.drop([partial])
+            self._chunks.drop(partials)
         self._emit(
             ChunkSaved(
                 path=item.table.path,
@@ -293,7 +332,8 @@ class _Saver:
                 size_bytes=len(data),
                 resumed=resumed,
                 rest=item.row_range.rows - computed - resumed,
-                partial_key=partial,
+                partial_keys=partials,
+                parts=parts,
             )
         )
 
@@ -306,15 +346,20 @@ class _Watch:
     saver: _Saver
     emit: Callable[[Event], None]
     computed_by: list[dict[str, Any]]
+    resumed: int
+    """Rows of the window that an earlier attempt computed."""
+    computed: int = 0
+    """Rows of the window."""
     rows: int = 0
+    """Rows of the range that these stand for."""
     saved_at: float = field(default_factory=time.monotonic)
 
     def on_batch(self, batch: BatchDone) -> None:
-        self.rows += batch.rows
+        self.computed += batch.rows
+        rows = self.item.rows_done(self.resumed + self.computed) - self.item.rows_done(self.resumed)
+        more, self.rows = rows - self.rows, rows
         self.emit(
-            RowsComputed(
-                path=self.item.table.path, rows=batch.rows, tokens=batch.tokens, padded_tokens=batch.padded_tokens
-            )
+            RowsComputed(path=self.item.table.path, rows=more, tokens=batch.tokens, padded_tokens=batch.padded_tokens)
         )
         now = time.monotonic()
         if now - self.saved_at >= PARTIAL_S:

@@ -11,22 +11,23 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Any
 
-from embed.artifacts.outputs import Abandoned, ChunkLost, write_output
+from embed.artifacts.outputs import Abandoned, write_output
 from embed.artifacts.written import Written, from_ledger, from_metadata
 from embed.config import EmbedConfig
 from embed.data.chunks import (
     PARTIAL,
+    ChunkLost,
     Coverage,
     RowRange,
     Task,
     computed_by,
-    encoded_from,
     file_key,
     from_bytes,
     key_of,
     range_of,
     vector_type,
 )
+from embed.data.passages import rows_done_of
 from embed.data.table import BadFile, Table
 from embed.events import Event, FileBroken, PartialSaved, RowsComputed, TaskDone
 from embed.stages import JOIN, StageTimes
@@ -136,7 +137,7 @@ class JobState:
         for item in self.files.values():
             for key in self._partials_of(item.table) if item.state is State.TODO else ():
                 if (data := self.chunks.load(key)) is not None:
-                    self._partial_rows[key] = encoded_from(data).rows_done
+                    self._partial_rows[key] = rows_done_of(from_bytes(data))
         self.attempt.chunks_found = sum(map(len, ranges.values()))
 
     def _existing(self, table: Table, coverage: Coverage, record: dict[str, Any] | None) -> Written | None:
@@ -218,9 +219,11 @@ class JobState:
             if isinstance(event, FileBroken):
                 self._give_up(item, event.reason)
                 return
-            self.chunks.adopt(key_of(file_key(item.table), event.row_range), event.name)
+            for key, name in (*event.parts, (key_of(file_key(item.table), event.row_range), event.name)):
+                self.chunks.adopt(key, name)
             item.coverage.add(event.row_range)
-            self._partial_rows.pop(event.partial_key, None)
+            for key in event.partial_keys:
+                self._partial_rows.pop(key, None)
             self._resumed_of[event.path, event.row_range] = event.resumed
             self.attempt.rows_found += event.resumed
             self.attempt.chunks_saved += 1

@@ -17,10 +17,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
+from embed.artifacts.passage_rows import CHUNK, FIELDS, PassageReader, Piece
 from embed.artifacts.written import COUNTS_KEY, ENGINES_KEY, METADATA_KEY, Written
 from embed.config import EmbedConfig
 from embed.data.chunks import (
     STATUS_WORDS,
+    ChunkLost,
     Coverage,
     RowRange,
     Status,
@@ -47,14 +49,6 @@ TOKENS_COLUMN = "tokens_aproximados"
 """A column in the corpora of the tokenizer guide; results.json holds its sum, as the guide's own results do."""
 
 
-class ChunkLost(Exception):
-    """A chunk failed verification; its rows must be computed again."""
-
-    def __init__(self, row_range: RowRange) -> None:
-        super().__init__(row_range)
-        self.row_range = row_range
-
-
 class Abandoned(Exception):
     """The job is stopping; the file is not written in this attempt."""
 
@@ -70,15 +64,40 @@ class Counts:
     bad_rows: list[int] = field(default_factory=list)
     """Rows with an unknown token, counted from 0 in the file; at most ten."""
     tokens_aproximados: int | None = None
+    chunks: int | None = None
+    """Rows of the output, where that has one for each chunk of a text."""
+
+    def add_rows(self, batch: pa.RecordBatch, status: np.ndarray) -> None:
+        """Count rows of the input. uint8[rows], a Status each."""
+        if len(self.bad_rows) < BAD_ROWS_NAMED:
+            bad = np.flatnonzero(status == Status.UNKNOWN_TOKEN)[: BAD_ROWS_NAMED - len(self.bad_rows)]
+            self.bad_rows += [self.rows + int(row) for row in bad]
+        self.rows += batch.num_rows
+        for value, count in zip(*np.unique(status, return_counts=True), strict=True):
+            self.statuses[STATUS_WORDS[Status(value)]] += int(count)
+        if TOKENS_COLUMN in batch.schema.names and pa.types.is_integer(batch.column(TOKENS_COLUMN).type):
+            more = pc.sum(batch.column(TOKENS_COLUMN)).as_py() or 0
+            self.tokens_aproximados = (self.tokens_aproximados or 0) + more
+
+    def add_vectors(self, vectors: pa.RecordBatch) -> None:
+        """Count what the model read."""
+        self.tokens += pc.sum(vectors.column("n_tokens")).as_py() or 0
+        self.truncated += pc.sum(vectors.column("truncated")).as_py() or 0
+        if CHUNK in vectors.schema.names:
+            self.chunks = (self.chunks or 0) + vectors.num_rows
 
     def as_json(self) -> dict[str, Any]:
-        return {**vars(self), "statuses": dict(sorted(self.statuses.items()))}
+        counts = {**vars(self), "statuses": dict(sorted(self.statuses.items()))}
+        if self.chunks is None:
+            del counts["chunks"]
+        return counts
 
 
 def added_columns(config: EmbedConfig) -> list[str]:
     """The names of the added columns. Raises ConfigError if two are the same."""
     added = [config.embedding_column, config.status_column]
     added += ["n_tokens"] * config.n_tokens + ["truncated"] * config.truncated
+    added += [field.name for field in _passage_fields(config)]
     if len(set(added)) != len(added):
         raise ConfigError(f"the added columns {added} need different names; see --embedding-column and --status-column")
     return added
@@ -155,6 +174,7 @@ def write_output(
     kept = kept_columns(table, config)
     schema = _output_schema(table, kept, config, vector_type, provenance)
     counts, engines = Counts(), _Engines()
+    reader_of = PassageReader if config.chunk_output == "rows" else _VectorReader
     with target.writer(table.path) as raw:
         hashed = _HashingFile(raw)
         with (
@@ -162,20 +182,24 @@ def write_output(
             open_unchanged(source, table) as file,
         ):
             for row_group in range(len(table.row_group_rows)):
-                vectors = _VectorReader(chunks, file_key(table), coverage.ranges(row_group), engines.of(row_group))
+                reader = reader_of(chunks, file_key(table), coverage.ranges(row_group), engines.of(row_group))
                 held: list[pa.RecordBatch] = []
                 held_bytes = 0
                 for batch in _kept_batches(file, table, row_group, kept, vector_type):
-                    if should_abandon():
-                        raise Abandoned
-                    taken = vectors.take(batch.num_rows)
-                    with file_faults(table, row_group):
-                        joined = _join(batch, taken, schema, config, counts)
-                    held.append(joined)
-                    held_bytes += joined.nbytes
-                    if held_bytes >= GROUP_BYTES:
-                        writer.write_table(pa.Table.from_batches(held, schema))
-                        held, held_bytes = [], 0
+                    status = np.zeros(batch.num_rows, np.uint8)
+                    for piece in reader.pieces(batch, table.path):
+                        if should_abandon():
+                            raise Abandoned
+                        np.maximum.at(status, piece.rows, piece.vectors.column("status").to_numpy())
+                        counts.add_vectors(piece.vectors)
+                        with file_faults(table, row_group):
+                            joined = _join(batch, piece, schema, config)
+                        held.append(joined)
+                        held_bytes += joined.nbytes
+                        if held_bytes >= GROUP_BYTES:
+                            writer.write_table(pa.Table.from_batches(held, schema))
+                            held, held_bytes = [], 0
+                    counts.add_rows(batch, status)
                 if held:
                     writer.write_table(pa.Table.from_batches(held, schema))
             writer.add_key_value_metadata({ENGINES_KEY: json.dumps(engines.as_json(), sort_keys=True)})
@@ -207,8 +231,13 @@ def _output_schema(
     fields += [pa.field("n_tokens", pa.int32())] * config.n_tokens + [
         pa.field("truncated", pa.bool_())
     ] * config.truncated
+    fields += _passage_fields(config)
     own = {METADATA_KEY: json.dumps({**provenance, "source": table.identity}, sort_keys=True).encode()}
     return pa.schema(fields, metadata={**(table.schema.metadata or {}), **own})
+
+
+def _passage_fields(config: EmbedConfig) -> list[pa.Field]:
+    return list(FIELDS) if config.chunk_output == "rows" else []
 
 
 def _encoding(schema: pa.Schema, config: EmbedConfig) -> dict[str, Any]:
@@ -243,27 +272,16 @@ def _kept_batches(
         yield batch.select(list(kept))
 
 
-def _join(
-    batch: pa.RecordBatch, vectors: pa.RecordBatch, schema: pa.Schema, config: EmbedConfig, counts: Counts
-) -> pa.RecordBatch:
+def _join(batch: pa.RecordBatch, piece: Piece, schema: pa.Schema, config: EmbedConfig) -> pa.RecordBatch:
+    vectors = piece.vectors
     status = vectors.column("status")
     words = pa.DictionaryArray.from_arrays(
         status.cast(pa.int8()), pa.array([STATUS_WORDS[item] for item in Status])
     ).cast(pa.string())
-    columns = [*batch.columns, vectors.column("vectors"), words]
+    kept = batch.take(pa.array(piece.rows)) if CHUNK in vectors.schema.names else batch
+    columns = [*kept.columns, vectors.column("vectors"), words]
     columns += [vectors.column("n_tokens")] * config.n_tokens + [vectors.column("truncated")] * config.truncated
-    if len(counts.bad_rows) < BAD_ROWS_NAMED:
-        bad = np.flatnonzero(status.to_numpy() == Status.UNKNOWN_TOKEN)[: BAD_ROWS_NAMED - len(counts.bad_rows)]
-        counts.bad_rows += [counts.rows + int(row) for row in bad]
-    counts.rows += batch.num_rows
-    counts.tokens += pc.sum(vectors.column("n_tokens")).as_py() or 0
-    counts.truncated += pc.sum(vectors.column("truncated")).as_py() or 0
-    for item in pc.value_counts(status).to_pylist():
-        counts.statuses[STATUS_WORDS[Status(item["values"])]] += item["counts"]
-    if TOKENS_COLUMN in batch.schema.names and pa.types.is_integer(batch.column(TOKENS_COLUMN).type):
-        counts.tokens_aproximados = (counts.tokens_aproximados or 0) + (
-            pc.sum(batch.column(TOKENS_COLUMN)).as_py() or 0
-        )
+    columns += [vectors.column(field.name) for field in _passage_fields(config)]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
@@ -300,6 +318,9 @@ class _VectorReader:
         self._chunks, self._file, self._ranges = chunks, file, iter(ranges)
         self._batch: pa.RecordBatch | None = None
         self._used = 0
+
+    def pieces(self, batch: pa.RecordBatch, path: str) -> Iterator[Piece]:  # noqa: ARG002 - as PassageReader's
+        yield Piece(rows=np.arange(batch.num_rows), vectors=self.take(batch.num_rows))
 
     def take(self, rows: int) -> pa.RecordBatch:
         parts = []

@@ -104,6 +104,8 @@ def results_of(
     }
     if tokens_aproximados:
         result["tokens_aproximados"] = sum(tokens_aproximados)
+    if config.chunk_output == "rows":
+        result["chunks"] = sum(item.get("chunks") or 0 for item in counts)
     result["summary"] = (
         f"{done} of {state.files_total} files, {rows} rows ({statuses['ok']} embedded) in {total_s:.1f} s: "
         f"{attempt.rows_computed} rows computed now at {tokens_per_s:.0f} tokens/s, "

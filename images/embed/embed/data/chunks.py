@@ -58,6 +58,14 @@ class RowRange:
         return self.start + self.rows
 
 
+class ChunkLost(Exception):
+    """A chunk failed verification; its rows must be computed again."""
+
+    def __init__(self, row_range: RowRange) -> None:
+        super().__init__(row_range)
+        self.row_range = row_range
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """The rows of one row group that have no vectors yet."""

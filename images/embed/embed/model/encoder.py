@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,13 @@ import torch
 
 from embed.config import EmbedConfig
 from embed.data.chunks import PENDING, Encoded, ModelInfo, Status
+from embed.data.passages import Passages
 from embed.model import loading, resolve, samples
 from embed.model.batches import BatchDone, Stopped, default_token_budget, pack
 from embed.model.engines import Engines
 from embed.model.forward import Engine, InFlight, cpu_name, is_out_of_memory
 from embed.model.openvino import EngineError
+from embed.model.passages import cutter_for
 from embed.model.resolve import NO_LIMIT
 from embed.model.samples import SENTENCES
 from embed.model.tokens import FastTokens, Window, read_window, tokens_for
@@ -82,6 +84,7 @@ class Encoder:
                 "shorten --prompt or raise --max-length"
             )
         self._tokens = tokens_for(model, self.prompt, max_length, limit)
+        self._cutter = cutter_for(self._tokens, config, max_length)
         self._known_ids = resolve.known_ids(model)
         self.unknown_tokens = resolve.tokens_beyond(model, self._known_ids)
         if self.unknown_tokens:
@@ -107,6 +110,12 @@ class Encoder:
         }
         if config.dtype == "float32":
             self.identity["products"] = "float32"  # so that work in lower precision is not taken for it
+        if self._cutter is not None:
+            self.identity |= {
+                "chunk": str(self._cutter.length),
+                "chunk_overlap": str(config.chunk_overlap),
+                "chunk_output": config.chunk_output,
+            }
         why_not = "" if isinstance(self._tokens, FastTokens) else "the model has a tokenizer of its own"
         why_not = "--trust-remote-code is set" if config.trust_remote_code else why_not
         tokens, budget = self._tokens, self.token_budget
@@ -150,6 +159,13 @@ class Encoder:
     def tokenize(self, texts: Sequence[str | bytes | None]) -> Window:
         """Classify and tokenise one window. Raises DataError on a value that is not text, bytes or None."""
         return read_window(self._tokens, texts, self._known_ids)
+
+    def windows(self, texts: Sequence[str | bytes | None]) -> Iterator[tuple[Window, Passages | None]]:
+        """The windows of a row range: one, whose rows are those of the range, or with --chunk its passages."""
+        if self._cutter is None:
+            yield self.tokenize(texts), None
+        else:
+            yield from self._cutter.windows(texts, self._known_ids)
 
     def token_of(self, id: int) -> str:
         """The text of a token that the embedding table lacks."""

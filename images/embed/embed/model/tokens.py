@@ -81,7 +81,7 @@ def read_window(tokens: Tokens, texts: Sequence[str | bytes | None], known_ids: 
     status = np.zeros(count, np.uint8)
     n_tokens = np.zeros(count, np.int32)
     truncated = np.zeros(count, bool)
-    classified = [_classify(text, row) for row, text in enumerate(texts)]
+    classified = [classify(text, row) for row, text in enumerate(texts)]
     good = [row for row, text in enumerate(classified) if isinstance(text, str)]
     for row, text in enumerate(classified):
         if not isinstance(text, str):
@@ -112,7 +112,7 @@ def read_window(tokens: Tokens, texts: Sequence[str | bytes | None], known_ids: 
     )
 
 
-def _classify(text: str | bytes | None, row: int) -> str | Status:
+def classify(text: str | bytes | None, row: int) -> str | Status:
     if text is None:
         return Status.NULL
     if isinstance(text, bytes):
@@ -156,7 +156,7 @@ class FastTokens:
     ) -> None:
         """`like` is an output of the model's own preprocess; its keys and its values that are not tensors are kept."""
         self._tokenizer = tokenizer
-        self._prompt = prompt
+        self.prompt = prompt
         self._max_length = max_length
         self._limit = limit
         self._constants = {key: value for key, value in like.items() if not isinstance(value, torch.Tensor)}
@@ -169,11 +169,20 @@ class FastTokens:
     def _call(self, texts: list[str], **kwargs: Any) -> Any:
         return self._tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False, **kwargs)
 
+    def encodings(self, texts: list[str]) -> list[Any]:
+        """The tokenizer's own objects, for whole texts without special tokens: ids, and where they are in the text."""
+        with self._lock:
+            return list(self._call(texts, add_special_tokens=False).encodings)
+
+    def ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        with self._lock:
+            return list(self._call([text], add_special_tokens=add_special_tokens)["input_ids"][0])
+
     def rows(self, texts: Sequence[str]) -> list[Row | None]:
         with self._lock:
-            full = [self._prompt + text for text in texts]
+            full = [self.prompt + text for text in texts]
             rows: list[Row | None] = [None] * len(full)
-            reach = (self._max_length or 0) * CHARS_PER_TOKEN + len(self._prompt)
+            reach = (self._max_length or 0) * CHARS_PER_TOKEN + len(self.prompt)
             todo = list(range(len(full)))
             while todo:
                 cuts = [self._cut(full[row], reach) for row in todo]
@@ -196,7 +205,7 @@ class FastTokens:
         if not self.cuts or self._max_length is None:
             return None
         while len(text) > 2 * reach:
-            if (cut := safe_cut(text, reach, max(reach // 2, len(self._prompt)))) is not None:
+            if (cut := safe_cut(text, reach, max(reach // 2, len(self.prompt)))) is not None:
                 return cut
             reach *= 2
         return None
@@ -212,7 +221,7 @@ class FastTokens:
 
     def _maybe_empty(self, rows: list[Row | None]) -> list[int]:
         """Rows so short that the text may have no token of its own (it may have merged with the prompt's last one)."""
-        max_tokens = self._specials + (self._prompt_tokens + 2 if self._prompt else 0)
+        max_tokens = self._specials + (self._prompt_tokens + 2 if self.prompt else 0)
         return [row for row, read in enumerate(rows) if read is not None and read.n_tokens <= max_tokens]
 
     def features(self, window: Window, rows: np.ndarray, multiple: int) -> Features:
