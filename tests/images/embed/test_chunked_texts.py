@@ -252,18 +252,18 @@ def test_a_damaged_chunk_is_computed_again(root, inputs, tiny_model, monkeypatch
         assert (root / "output/data/a.parquet").read_bytes() == before
 
 
-@MODES
-def test_two_workers_give_the_bytes_of_one(root, inputs, tiny_model, mode):
-    make_input(inputs, files=6, rows=40, seed=1)
-    options = {"chunk": 16, "chunk_overlap": 4, "chunk_output": mode}
-    run(tiny_model, **options, output_path=str(root / "one"), checkpoint_path=str(root / "other"))
-    results = run(tiny_model, **options, workers=2)
-    assert results["rows"]["computed_in_this_attempt"] == results["rows"]["total"]
+def test_two_workers_give_the_rows_of_one_for_ranges_of_several_windows_too(root, inputs, tiny_model):
+    make_input(inputs, files=4, rows=40, seed=1)
+    write(inputs / "largo.parquet", ["el mar", words(60_000), "fin"], id=[1, 2, 3])
+    options = {"chunk": 8, "chunk_output": "rows", "columns": ["id"], "engine": "torch"}
+    results = run(tiny_model, **options, output_path=str(root / "one"), checkpoint_path=str(root / "other"))
+    assert len(list((root / "other").rglob("*-000000.*.piece"))) == 1  # the first window of the long text
+    assert run(tiny_model, **options, workers=2)["chunks"] == results["chunks"] > 10_000
     for path in (root / "one").rglob("*.parquet"):
         one, two = pq.read_table(path), pq.read_table(root / "output/data" / path.relative_to(root / "one"))
         assert one.drop(["embeddings"]).equals(two.drop(["embeddings"]))
-        assert np.allclose(vectors_of(one.filter(one["embeddings"].is_valid())),
-                           vectors_of(two.filter(two["embeddings"].is_valid())), atol=1e-6)  # fmt: skip
+        one, two = (vectors_of(each.filter(each["embeddings"].is_valid())) for each in (one, two))
+        assert np.allclose(one, two, atol=1e-6)
 
 
 def test_a_row_of_a_million_tokens_is_read_in_bounded_windows(root, inputs, tiny_model, monkeypatch):
