@@ -6,7 +6,7 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,14 @@ SENTENCES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def _float32_products() -> Iterator[None]:
     """The same vectors on every kind of CPU; a test of bfloat16 asks for it."""
     from embed.model import engines
 
-    monkeypatch.setattr(engines, "has_bfloat16", lambda: False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "has_bfloat16", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

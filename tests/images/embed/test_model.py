@@ -469,7 +469,7 @@ def test_only_broken_rows_are_computed_again(
 def test_a_row_broken_in_float32_too_gets_zeros_and_the_reason(
     tiny: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch, dtype: str, value: float
 ) -> None:
-    encoder = encoder_of(tiny, dtype=dtype)
+    encoder = encoder_of(tiny, dtype=dtype, engine="torch")
     break_rows(monkeypatch, (torch.bfloat16, torch.float32), value, [3])
     encoded = encoder.encode(encoder.tokenize(texts))
     assert np.flatnonzero(encoded.status).tolist() == [3]
@@ -484,7 +484,7 @@ def test_a_row_broken_in_float32_too_gets_zeros_and_the_reason(
 def test_unnormalized_vectors_are_checked_for_being_finite(
     tiny: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
-    encoder = encoder_of(tiny, normalize=False)
+    encoder = encoder_of(tiny, normalize=False, engine="torch")
     break_rows(monkeypatch, (torch.float32,), value, [5])
     encoded = encoder.encode(encoder.tokenize(texts))
     assert np.flatnonzero(encoded.status == Status.NOT_FINITE).tolist() == [5]

@@ -118,8 +118,10 @@ class Encoder:
             }
         why_not = "" if isinstance(self._tokens, FastTokens) else "the model has a tokenizer of its own"
         why_not = "--trust-remote-code is set" if config.trust_remote_code else why_not
-        tokens, budget = self._tokens, self.token_budget
-        compared = [] if config.engine == "torch" or why_not else samples.batches(tokens, first_texts, budget)
+        tokens = self._tokens
+        compared = []
+        if config.engine != "torch" and not why_not:
+            compared = samples.batches(tokens, self._known_ids, first_texts, self.token_budget)
         self._engines = Engines(
             config, self._engine, compared, lambda width: samples.row_of_width(tokens, width), digest, why_not
         )

@@ -19,17 +19,20 @@ SENTENCES = (
 WIDTHS = (8, 64, 512)
 """Tokens of the rows that are compared at the start. Longer ones may take minutes."""
 TEXTS = 16
-"""Texts of the input that are compared at the start."""
+"""Texts of the input that are compared at the start, but for longer ones."""
 
 
-def batches(tokens: Tokens, first_texts: Sequence[str], token_budget: int) -> list[Features]:
-    """Batches of rows of several widths; the last ones hold the first texts of the input."""
-    window = read_window(tokens, [*SENTENCES, " ".join(SENTENCES * 2)])
+def batches(tokens: Tokens, known_ids: int | None, first_texts: Sequence[str], token_budget: int) -> list[Features]:
+    """Batches of rows of several widths; the last ones hold the first texts of the input.
+
+    `known_ids` is the number of token ids that the model knows.
+    """
+    window = read_window(tokens, [*SENTENCES, " ".join(SENTENCES * 2)], known_ids)
     found = [tokens.features(window, np.flatnonzero(window.status == Status.OK), 1)]
     window = _of_widths(tokens, WIDTHS)
     found.append(tokens.features(window, np.arange(len(WIDTHS)), 1))
-    window = read_window(tokens, first_texts[:TEXTS])
-    rows = np.flatnonzero(window.status == Status.OK)
+    window = read_window(tokens, first_texts[:TEXTS], known_ids)
+    rows = np.flatnonzero((window.status == Status.OK) & (window.n_tokens <= max(WIDTHS)))
     return found + [tokens.features(window, batch, 1) for batch in pack(window.n_tokens, rows, lambda: token_budget)]
 
 
