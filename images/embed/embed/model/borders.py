@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ import numpy as np
 INSIDE_CHARACTER, CHARACTER, WORD, SPACE, SENTENCE, PARAGRAPH = range(6)
 """What lies between two tokens."""
 
-_SPACES = re.compile(r"\s+")
+_IS_SPACE = np.array([chr(code).isspace() for code in range(0x3001)] + [False])
+"""By code point; no higher one is a space."""
+_LINE_ENDS = re.compile(r"\n\s*")
 # The space behind a sentence, or nothing. A full stop ends one before a space only ("12.40"), a Chinese one always.
 _SENTENCE_ENDS = re.compile(r"(?:[.!?…][\"'”’»)\]]*(?=\s)|[。！？｡][\"'”’»」』）]*)(\s*)")
 _EXTENDERS = re.compile(
@@ -49,7 +52,7 @@ class PlacedTokens:
 
 def tokens_of(text: str, encoding: Any, start: int, end: int, prompt_chars: int) -> PlacedTokens:
     """The tokens of text[start:end], whose encoding begins with a prompt of `prompt_chars` characters."""
-    spans = np.asarray(encoding.offsets, np.int64).reshape(-1, 2) - prompt_chars
+    spans = np.fromiter(chain.from_iterable(encoding.offsets), np.int64).reshape(-1, 2) - prompt_chars
     # Normalizers that add or reorder characters may leave spans out of order.
     ends = np.maximum.accumulate(spans[:, 1]) if len(spans) else spans[:, 1]
     starts = np.minimum(np.minimum.accumulate(spans[::-1, 0])[::-1], ends) if len(spans) else spans[:, 0]
@@ -65,10 +68,13 @@ def _borders(text: str, start: int, end: int, starts: np.ndarray, ends: np.ndarr
     if not len(starts):
         return borders
     borders[1:][words[1:] != words[:-1]] = WORD
-    gaps = [(*match.span(), _space_between(match[0])) for match in _SPACES.finditer(text, start, end)]
     before = max(0, start - _CONTEXT_CHARS)
+    codes = np.frombuffer(text[before:end].encode("utf-32-le"), np.uint32)
+    is_space = np.append(_IS_SPACE[np.minimum(codes, len(_IS_SPACE) - 1)], False)
+    borders[is_space[starts - before] | is_space[np.maximum(starts - before, 1) - 1]] = SPACE
+    gaps = [(*match.span(), _lines_between(match[0])) for match in _LINE_ENDS.finditer(text, start, end)]
     gaps += [(*match.span(1), SENTENCE) for match in _SENTENCE_ENDS.finditer(text, before, end)]
-    for kind in (SPACE, SENTENCE, PARAGRAPH):
+    for kind in (SENTENCE, PARAGRAPH):
         found = np.asarray(sorted(gap[:2] for gap in gaps if gap[2] == kind), np.int64).reshape(-1, 2)
         if len(found):  # the token after a gap begins in it, or where it ends
             nearest = np.searchsorted(found[:, 0], starts, side="right") - 1
@@ -83,9 +89,8 @@ def _borders(text: str, start: int, end: int, starts: np.ndarray, ends: np.ndarr
     return borders
 
 
-def _space_between(space: str) -> int:
-    lines = space.count("\n")
-    return PARAGRAPH if lines > 1 else SENTENCE if lines else SPACE
+def _lines_between(space: str) -> int:
+    return PARAGRAPH if space.count("\n") > 1 else SENTENCE
 
 
 def is_inside_character(text: str, position: int) -> bool:
