@@ -58,8 +58,12 @@ class EmbedConfig(Config):
     """Read a text column of binary values as UTF-8. Columns annotated as ENUM or JSON are read without this flag."""
     embedding_column: str = "embeddings"
     """Name of the added vector column."""
-    embedding_dtype: Literal["float32", "float16"] = "float32"
-    """Stored precision of the vectors."""
+    embedding_dtype: Literal["float32", "float16", "int8", "binary"] = "float32"
+    """Stored precision of the vectors: int8 keeps their direction, binary one bit for each value."""
+    sparse: bool = False
+    """Add a column sparse: the weight of each token of the text, by BGE-M3's sparse head."""
+    multi_vector: bool = False
+    """Add a column colbert: a vector for each token of the text, by BGE-M3's multi-vector head."""
     status_column: str = "status"
     """Name of the added column that holds ok, null, empty, invalid utf-8 or not finite."""
     columns: list[str] | None = None
@@ -154,6 +158,18 @@ class EmbedConfig(Config):
         flag = "--chunk-output rows" if self.chunk_output == "rows" else "--chunk-overlap"
         if self.chunk is None and (self.chunk_overlap or self.chunk_output == "rows"):
             raise ValueError(f"{flag} needs --chunk: the number of tokens of a chunk, or 0 for the model's own limit")
+        if self.chunk is not None and (self.sparse or self.multi_vector):
+            flag = "--sparse" if self.sparse else "--multi-vector"
+            raise ValueError(f"{flag} is for texts that are read at once; leave it or --chunk out")
+        return self
+
+    @model_validator(mode="after")
+    def _length_is_stored(self) -> EmbedConfig:
+        if self.embedding_dtype == "int8" and not self.normalize:
+            raise ValueError(
+                "--embedding-dtype int8 keeps the direction of a vector and not its length, which --normalize false "
+                "asks for; pass --embedding-dtype float16, or leave out --normalize false"
+            )
         return self
 
     @model_validator(mode="after")

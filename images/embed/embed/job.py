@@ -28,6 +28,7 @@ from embed.config import EmbedConfig
 from embed.data.chunks import ModelInfo
 from embed.data.files import inspect, open_input, require_input, separate_bad, share_of, why_not_text
 from embed.data.int96 import with_exact_timestamps
+from embed.data.precision import decoding
 from embed.data.rows import first_texts
 from embed.data.table import BadFile, Table
 from embed.state import NOTHING_COMPUTED, JobState
@@ -227,11 +228,13 @@ def open_state(
             "output_id": output_identity(config, chunks_id),
             "text_column": config.text_column,
             "embedding_dtype": config.embedding_dtype,
+            **decoding(config.embedding_dtype),
             **model.identity,
             # A directory is identified by its digest, wherever it is mounted.
             "model": config.model if config.model.startswith("s3://") else model.identity["model"],
         },
         dimensions=model.dimensions,
+        token_dimensions=model.token_dimensions,
         bad=bad,
     )
     state.open(tables, PARALLEL_READS)
@@ -266,11 +269,14 @@ def old_outputs(config: EmbedConfig, job: Job, state: JobState, model: ModelInfo
 MODEL_IDENTITY = ("digest", "dtype", "products", "pooling", "prompt", "max_length", "dimensions", "normalize")
 CHUNK_IDENTITY = ("chunk", "chunk_overlap", "chunk_output")
 """What changes a vector. Library versions are not included, so a new image continues the work of the old one."""
+HEADS = ("sparse", "multi_vector")
+"""The digests of BGE-M3's heads, where the settings ask for them."""
 
 
 def chunks_identity(config: EmbedConfig, model: ModelInfo) -> str:
     """Names the chunks that this job can use: same model, same text column, same stored precision."""
-    parts = {name: model.identity[name] for name in (*MODEL_IDENTITY, *CHUNK_IDENTITY) if name in model.identity}
+    names = (*MODEL_IDENTITY, *CHUNK_IDENTITY, *HEADS)
+    parts = {name: model.identity[name] for name in names if name in model.identity}
     return _digest(parts | {"text_column": config.text_column, "embedding_dtype": config.embedding_dtype})
 
 

@@ -31,6 +31,7 @@ from embed.data.chunks import (
     file_key,
     from_bytes,
     key_of,
+    partial_to_bytes,
     to_bytes,
 )
 from embed.data.parts import finish_range
@@ -52,8 +53,6 @@ T = TypeVar("T")
 
 PARTIAL_S = 5.0
 """The batches of a window are saved at least this often, so that a kill costs seconds on a machine of any speed."""
-PARTIAL_DTYPE = "float32"
-"""As computed; the stored precision is applied when the window is complete."""
 BAD_ROWS_LOGGED = 3
 """By row range."""
 WINDOWS_AHEAD = 2
@@ -63,6 +62,8 @@ CHARACTERS_PER_TOKEN = 6
 CPU_LIMITS = (1024, 2**19)
 GPU_LIMITS = (8192, 2**22)
 """Rows and characters in a text range: about 30 s of work on a CPU, a few seconds on a GPU."""
+CPU_TOKEN_VECTOR_BYTES, GPU_TOKEN_VECTOR_BYTES = 2**27, 2**29
+"""The vectors of all tokens of a range, at one token in two characters; European languages have one in four."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +169,11 @@ class Pipeline:
 
         A file that cannot be read to its end is reported by `emit`.
         """
-        rows, characters = CPU_LIMITS if self.encoder.device.startswith("cpu") else GPU_LIMITS
+        is_cpu = self.encoder.device.startswith("cpu")
+        rows, characters = CPU_LIMITS if is_cpu else GPU_LIMITS
+        if width := self.encoder.token_dimensions:
+            most_bytes = CPU_TOKEN_VECTOR_BYTES if is_cpu else GPU_TOKEN_VECTOR_BYTES
+            characters = min(characters, 2 * most_bytes // (4 * width))
         # With --chunk the model reads all of a text.
         row_characters = CHARACTERS_PER_TOKEN * self.encoder.max_length if self.config.chunk is None else characters
         limits = RangeLimits(rows=rows, characters=characters, row_characters=row_characters)
@@ -303,7 +308,7 @@ class _Saver:
     def _save_partial(self, item: _Item, partial: Encoded, computed_by: list[dict[str, Any]]) -> None:
         key, rows = item.partial_key, item.rows_done(partial.rows_done)
         with self._times.measure(SAVE):
-            data = to_bytes(partial, PARTIAL_DTYPE, computed_by)
+            data = partial_to_bytes(partial, computed_by)
             if item.passages is not None:
                 data = with_passages(data, item.passages, rows)
             name = self._chunks.commit(key, data)

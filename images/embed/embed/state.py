@@ -25,9 +25,9 @@ from embed.data.chunks import (
     from_bytes,
     key_of,
     range_of,
-    vector_type,
 )
 from embed.data.passages import rows_done_of
+from embed.data.precision import vector_fields
 from embed.data.table import BadFile, Table
 from embed.events import Event, FileBroken, PartialSaved, RowsComputed, TaskDone
 from embed.stages import JOIN, StageTimes
@@ -89,6 +89,7 @@ class JobState:
     provenance: dict[str, Any]
     """Written into each output; its `output_id` decides whether an existing output can be used."""
     dimensions: int
+    token_dimensions: int
     bad: list[BadFile]
     files: dict[str, FileState] = field(default_factory=dict)
     old_outputs: frozenset[str] = frozenset()
@@ -101,7 +102,7 @@ class JobState:
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def __post_init__(self) -> None:
-        self._vector_type = vector_type(self.dimensions, self.config.embedding_dtype)
+        self._vectors = vector_fields(self.config, self.dimensions, self.token_dimensions)
         self._partial_rows: dict[str, int] = {}
         self._resumed_of: dict[tuple[str, RowRange], int] = {}
         self._joiner = ThreadPoolExecutor(1, thread_name_prefix="embed-joiner")
@@ -275,7 +276,7 @@ class JobState:
                     coverage=item.coverage,
                     chunks=self.chunks,
                     config=self.config,
-                    vector_type=self._vector_type,
+                    vectors=self._vectors,
                     provenance=self.provenance,
                     should_abandon=self._abandoned.is_set,
                 )

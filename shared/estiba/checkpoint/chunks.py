@@ -51,7 +51,7 @@ class ChunkStore:
         """Return the keys that start with `below`, sorted. Listed once; this process's commits are added."""
         return sorted(key for key in list(self._names) if key.startswith(below))
 
-    def commit(self, key: str, data: bytes) -> str:
+    def commit(self, key: str, data: bytes | memoryview) -> str:
         """Write one chunk durably, replacing any chunk of the same key. Returns its path in the store."""
         path = self._path(f"{key}.{digest_of(data)}{SUFFIX}")
         self.store.write(path, data)

@@ -30,10 +30,10 @@ from embed.data.chunks import (
     file_key,
     from_bytes,
     key_of,
-    vector_type,
 )
 from embed.data.files import file_faults, one_line
 from embed.data.identity import open_unchanged
+from embed.data.precision import MULTI_VECTOR, SPARSE, is_float, vector_fields
 from embed.data.rows import record_batches
 from embed.data.table import Table
 from estiba.checkpoint import ChunkStore
@@ -98,6 +98,7 @@ def added_columns(config: EmbedConfig) -> list[str]:
     added = [config.embedding_column, config.status_column]
     added += ["n_tokens"] * config.n_tokens + ["truncated"] * config.truncated
     added += [field.name for field in _passage_fields(config)]
+    added += [SPARSE] * config.sparse + [MULTI_VECTOR] * config.multi_vector
     if len(set(added)) != len(added):
         raise ConfigError(f"the added columns {added} need different names; see --embedding-column and --status-column")
     return added
@@ -143,10 +144,10 @@ def why_not_named(path: str, target: Store) -> str | None:
 
 def _why_not_kept(table: Table, kept: Sequence[str], config: EmbedConfig) -> str | None:
     """Write an empty output and read its schema: every kept column must come back with its type and metadata."""
-    schema = _output_schema(table, kept, config, vector_type(1, config.embedding_dtype), {})
+    schema = _output_schema(table, kept, config, vector_fields(config, 8, 8), {})
     sink = pa.BufferOutputStream()
     try:
-        with pq.ParquetWriter(sink, schema, **_encoding(schema, config)) as writer:
+        with pq.ParquetWriter(sink, schema, **writer_options(schema, config)) as writer:
             writer.write_table(schema.empty_table())
         written = pq.read_schema(pa.BufferReader(sink.getvalue()))
     except Exception as error:  # arrow's, for a type that parquet cannot hold
@@ -166,26 +167,26 @@ def write_output(
     coverage: Coverage,
     chunks: ChunkStore,
     config: EmbedConfig,
-    vector_type: pa.DataType,
+    vectors: Sequence[pa.Field],
     provenance: dict[str, Any],
     should_abandon: Callable[[], bool],
 ) -> Written:
     """Join a file's rows with its vectors. Raises ChunkLost, DataError, StoreError or Abandoned, leaving no file."""
     kept = kept_columns(table, config)
-    schema = _output_schema(table, kept, config, vector_type, provenance)
+    schema = _output_schema(table, kept, config, vectors, provenance)
     counts, engines = Counts(), _Engines()
     reader_of = PassageReader if config.chunk_output == "rows" else _VectorReader
     with target.writer(table.path) as raw:
         hashed = _HashingFile(raw)
         with (
-            pq.ParquetWriter(hashed, schema, **_encoding(schema, config)) as writer,
+            pq.ParquetWriter(hashed, schema, **writer_options(schema, config)) as writer,
             open_unchanged(source, table) as file,
         ):
             for row_group in range(len(table.row_group_rows)):
                 reader = reader_of(chunks, file_key(table), coverage.ranges(row_group), engines.of(row_group))
                 held: list[pa.RecordBatch] = []
                 held_bytes = 0
-                for batch in _kept_batches(file, table, row_group, kept, vector_type):
+                for batch in _kept_batches(file, table, row_group, kept, vectors[0].type):
                     status = np.zeros(batch.num_rows, np.uint8)
                     for piece in reader.pieces(batch, table.path):
                         if should_abandon():
@@ -224,14 +225,15 @@ def write_output(
 
 
 def _output_schema(
-    table: Table, kept: Sequence[str], config: EmbedConfig, vector_type: pa.DataType, provenance: dict[str, Any]
+    table: Table, kept: Sequence[str], config: EmbedConfig, vectors: Sequence[pa.Field], provenance: dict[str, Any]
 ) -> pa.Schema:
     fields = [table.schema.field(name) for name in kept]
-    fields += [pa.field(config.embedding_column, vector_type), pa.field(config.status_column, pa.string())]
+    fields += [vectors[0], pa.field(config.status_column, pa.string())]
     fields += [pa.field("n_tokens", pa.int32())] * config.n_tokens + [
         pa.field("truncated", pa.bool_())
     ] * config.truncated
     fields += _passage_fields(config)
+    fields += vectors[1:]
     own = {METADATA_KEY: json.dumps({**provenance, "source": table.identity}, sort_keys=True).encode()}
     return pa.schema(fields, metadata={**(table.schema.metadata or {}), **own})
 
@@ -240,19 +242,29 @@ def _passage_fields(config: EmbedConfig) -> list[pa.Field]:
     return list(FIELDS) if config.chunk_output == "rows" else []
 
 
-def _encoding(schema: pa.Schema, config: EmbedConfig) -> dict[str, Any]:
+def writer_options(schema: pa.Schema, config: EmbedConfig) -> dict[str, Any]:
     """Byte-stream split and zstd for the floats, dictionaries for everything else (Parquet format, Encodings.md)."""
     paths = _leaf_paths(schema)
-    before = schema.names.index(config.embedding_column)
-    vectors = paths[len(_leaf_paths(pa.schema([schema.field(index) for index in range(before)])))]
-    # A column may be named like the path of the vectors; the options cannot tell the two apart.
-    vector_paths = [vectors] if paths.count(vectors) == 1 else []
+
+    def leaves(columns: Sequence[str]) -> list[str]:
+        last = [_last_leaf(schema, paths, column) for column in columns]
+        # A column may be named like the path of the vectors; the options cannot tell the two apart.
+        return [path for path in last if paths.count(path) == 1]
+
+    vectors = leaves([config.embedding_column, *[MULTI_VECTOR] * config.multi_vector])
+    floats = (vectors if is_float(config.embedding_dtype) else []) + leaves([SPARSE] * config.sparse)
     return {
         "compression": "zstd",
-        "use_dictionary": [path for path in paths if path not in vector_paths],
-        "column_encoding": dict.fromkeys(vector_paths, "BYTE_STREAM_SPLIT"),
-        "write_statistics": [path for path in paths if path not in vector_paths],
+        "use_dictionary": [path for path in paths if path not in floats],
+        "column_encoding": dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
+        "write_statistics": [path for path in paths if path not in vectors],
     }
+
+
+def _last_leaf(schema: pa.Schema, paths: list[str], column: str) -> str:
+    """Of the leaf paths of a schema, the last one below a column."""
+    until = [schema.field(index) for index in range(schema.names.index(column) + 1)]
+    return paths[len(_leaf_paths(pa.schema(until))) - 1]
 
 
 def _leaf_paths(schema: pa.Schema) -> list[str]:
@@ -282,6 +294,7 @@ def _join(batch: pa.RecordBatch, piece: Piece, schema: pa.Schema, config: EmbedC
     columns = [*kept.columns, vectors.column("vectors"), words]
     columns += [vectors.column("n_tokens")] * config.n_tokens + [vectors.column("truncated")] * config.truncated
     columns += [vectors.column(field.name) for field in _passage_fields(config)]
+    columns += [vectors.column(name) for name in (SPARSE, MULTI_VECTOR) if name in vectors.schema.names]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 

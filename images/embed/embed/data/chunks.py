@@ -13,7 +13,9 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from embed.data.precision import vector_array
 from embed.data.table import Table
+from embed.data.token_outputs import TokenOutputs
 
 _KEY = re.compile(r"(?P<file>[0-9a-f]{16})/(?P<group>\d+)-(?P<start>\d+)-(?P<rows>\d+)")
 
@@ -144,6 +146,8 @@ class ModelInfo:
     """Largest number of padded tokens in a batch."""
     engine: str = "torch"
     """What computes the vectors: name, version and precision."""
+    token_dimensions: int = 0
+    """Width of a token's vector; 0 without --multi-vector."""
 
 
 # --- keys ----------------------------------------------------------------------------------------------------------
@@ -188,6 +192,8 @@ class Encoded:
     """bool[rows]: the model read only the beginning."""
     padded_tokens: int
     """Tokens computed, padding and repeated batches included."""
+    tokens: TokenOutputs | None = None
+    """Rows whose status is not OK have no tokens here; None without --sparse and --multi-vector."""
 
     @property
     def rows_done(self) -> int:
@@ -195,26 +201,30 @@ class Encoded:
         return int((self.status == Status.OK).sum())
 
 
-def vector_type(dimensions: int, dtype: str) -> pa.DataType:
-    return pa.list_(pa.float16() if dtype == "float16" else pa.float32(), dimensions)
-
-
-def to_bytes(encoded: Encoded, dtype: str, computed_by: Sequence[Mapping[str, Any]] = ()) -> bytes:
+def to_bytes(encoded: Encoded, dtype: str, computed_by: Sequence[Mapping[str, Any]] = ()) -> memoryview:
     """Arrow IPC, with the engines that computed it in the schema.
 
-    A row whose status is not OK has a null vector; values keep their order and bits.
+    A row whose status is not OK has a null vector; values keep their order and, in float32, their bits.
     """
-    dimensions = encoded.vectors.shape[1]
-    values = np.ascontiguousarray(encoded.vectors, dtype=np.float16 if dtype == "float16" else np.float32)
-    vectors = pa.FixedSizeListArray.from_arrays(
-        pa.array(values.reshape(-1)), dimensions, mask=pa.array(encoded.status != Status.OK)
-    )
+    tokens = {} if encoded.tokens is None else encoded.tokens.columns(encoded.status != Status.OK, dtype)
+    return _ipc(encoded, dtype, tokens, computed_by)
+
+
+def partial_to_bytes(encoded: Encoded, computed_by: Sequence[Mapping[str, Any]] = ()) -> memoryview:
+    """As computed; the stored precision is applied when the window is complete."""
+    return _ipc(encoded, "float32", {} if encoded.tokens is None else encoded.tokens.partial_columns(), computed_by)
+
+
+def _ipc(
+    encoded: Encoded, dtype: str, tokens: Mapping[str, pa.Array], computed_by: Sequence[Mapping[str, Any]]
+) -> memoryview:
     batch = pa.record_batch(
         {
-            "vectors": vectors.cast(vector_type(dimensions, dtype)),
+            "vectors": vector_array(encoded.vectors, dtype, encoded.status != Status.OK),
             "status": pa.array(encoded.status, pa.uint8()),
             "n_tokens": pa.array(encoded.n_tokens, pa.int32()),
             "truncated": pa.array(encoded.truncated, pa.bool_()),
+            **tokens,
         }
     )
     if computed_by:
@@ -222,10 +232,10 @@ def to_bytes(encoded: Encoded, dtype: str, computed_by: Sequence[Mapping[str, An
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch)
-    return sink.getvalue().to_pybytes()
+    return memoryview(sink.getvalue()).cast("B")
 
 
-def from_bytes(data: bytes) -> pa.RecordBatch:
+def from_bytes(data: bytes | memoryview) -> pa.RecordBatch:
     """The batch that `to_bytes` wrote; zero-copy over `data`."""
     return pa.ipc.open_stream(pa.py_buffer(data)).read_next_batch()
 
@@ -235,7 +245,7 @@ def computed_by(batch: pa.RecordBatch) -> list[dict[str, Any]]:
     return json.loads((batch.schema.metadata or {}).get(COMPUTED_BY, b"[]"))
 
 
-def encoded_from(data: bytes) -> Encoded:
+def encoded_from(data: bytes | memoryview) -> Encoded:
     """A partial chunk as the encoder left it."""
     batch = from_bytes(data)
     vectors = batch.column("vectors")
@@ -245,4 +255,5 @@ def encoded_from(data: bytes) -> Encoded:
         n_tokens=batch.column("n_tokens").to_numpy(),
         truncated=batch.column("truncated").to_numpy(zero_copy_only=False),
         padded_tokens=0,
+        tokens=TokenOutputs.of_partial(batch),
     )

@@ -67,7 +67,7 @@ def partial_part_key_of(file: str, rows: RowRange, part: int) -> str:
 # --- contents ------------------------------------------------------------------------------------------------------
 
 
-def with_passages(data: bytes, passages: Passages, rows_done: int | None = None) -> bytes:
+def with_passages(data: bytes | memoryview, passages: Passages, rows_done: int | None = None) -> bytes | memoryview:
     """A chunk that holds a window, with its passages, and if it is a partial one the rows that it stands for."""
     batch = from_bytes(data)
     columns = {

@@ -20,7 +20,8 @@ import torch
 from embed.config import EmbedConfig
 from embed.data.chunks import PENDING, Encoded, ModelInfo, Status
 from embed.data.passages import Passages
-from embed.model import loading, resolve, samples
+from embed.data.token_outputs import TokenOutputs
+from embed.model import heads, loading, resolve, samples
 from embed.model.batches import BatchDone, Stopped, default_token_budget, pack
 from embed.model.engines import Engines
 from embed.model.forward import Engine, InFlight, cpu_name, is_out_of_memory
@@ -45,6 +46,7 @@ class _Work:
     vectors: np.ndarray
     done: np.ndarray
     """bool[rows]: the row has a valid vector."""
+    tokens: TokenOutputs | None
     snapshot: Callable[[], Encoded]
     on_batch: Callable[[BatchDone], None]
 
@@ -68,7 +70,8 @@ class Encoder:
         `first_texts` are some of the input, on which an engine other than torch must give torch's vectors.
         """
         self.config = config
-        self._files = loading.find(config.model, config.revision)
+        self._files = loading.find(config.model, config.revision, heads.file_names(config))
+        self._heads = heads.load(self._files.directory, config)
         device = resolve.device_for(config.device)
         dtype = resolve.dtype_for(config.dtype, device)
         self._fallback_engines: dict[str, Engine] = {}
@@ -78,22 +81,13 @@ class Encoder:
         self.prompt = resolve.prompt_for(model, config)
         max_length = resolve.set_max_length(model, config.max_length, limit)
         self.max_length = max_length or NO_LIMIT
-        if self.prompt and (used := resolve.length_of(model, self.prompt)) >= self.max_length:
-            raise ConfigError(
-                f"the prompt {self.prompt!r:.80} uses {used} of {self.max_length} tokens and leaves none for the text; "
-                "shorten --prompt or raise --max-length"
-            )
+        resolve.refuse_long_prompt(model, self.prompt, self.max_length)
         self._tokens = tokens_for(model, self.prompt, max_length, limit)
         self._cutter = cutter_for(self._tokens, config, max_length)
+        self._heads.check_tokens(self._tokens)
         self._known_ids = resolve.known_ids(model)
         self.unknown_tokens = resolve.tokens_beyond(model, self._known_ids)
-        if self.unknown_tokens:
-            names = ", ".join(f"{token!r} ({id})" for token, id in list(self.unknown_tokens.items())[:3])
-            logger.warning(
-                "the embedding table has %d rows, and %d tokens of the tokenizer lie beyond it: %s%s; a row with "
-                "one of them gets no vector", self._known_ids, len(self.unknown_tokens), names,
-                ", ..." if len(self.unknown_tokens) > 3 else "",
-            )  # fmt: skip
+        resolve.warn_of_tokens_beyond(self.unknown_tokens, self._known_ids)
         self._check_sentences()
         digest = loading.digest(self._files.directory)
         self.identity = {
@@ -106,6 +100,7 @@ class Encoder:
             "max_length": str(max_length or ""),
             "dimensions": str(self.dimensions),
             "normalize": str(config.normalize).lower(),
+            **self._heads.digests,
             **loading.versions(),
         }
         if config.dtype == "float32":
@@ -118,6 +113,7 @@ class Encoder:
             }
         why_not = "" if isinstance(self._tokens, FastTokens) else "the model has a tokenizer of its own"
         why_not = "--trust-remote-code is set" if config.trust_remote_code else why_not
+        why_not = f"it does not compute {self._heads.flags}" if self._heads.digests else why_not
         tokens = self._tokens
         compared = []
         if config.engine != "torch" and not why_not:
@@ -147,7 +143,13 @@ class Encoder:
             dtype=self.dtype,
             token_budget=self.token_budget,
             engine=f"{self._engine.version}, {self._engine.precision}",
+            token_dimensions=self.token_dimensions,
         )
+
+    @property
+    def token_dimensions(self) -> int:
+        """Width of a token's vector; 0 without --multi-vector."""
+        return self._heads.vector_width
 
     def continue_with(self, earlier: Mapping[str, Any]) -> None:
         """Use the engine that computed the rows of an earlier attempt, if it runs here."""
@@ -192,9 +194,12 @@ class Encoder:
         """
         vectors = np.zeros((len(window.status), self.dimensions), np.float32)
         done = np.zeros(len(window.status), bool)
+        tokens = self._heads.of_window(window)
         if prior is not None:
             done = (prior.status == Status.OK) & (window.status == Status.OK)
             vectors[done] = prior.vectors[done]
+            if tokens is not None and prior.tokens is not None:
+                tokens.put_rows_of(prior.tokens, np.flatnonzero(done))
         rows = np.flatnonzero(window.status == Status.OK)
 
         def snapshot() -> Encoded:
@@ -205,26 +210,26 @@ class Encoder:
                 n_tokens=window.n_tokens,
                 truncated=window.truncated,
                 padded_tokens=0,
+                tokens=tokens and tokens.only(done),
             )
 
-        work = _Work(window=window, vectors=vectors, done=done, snapshot=snapshot, on_batch=on_batch)
+        work = _Work(window=window, vectors=vectors, done=done, tokens=tokens, snapshot=snapshot, on_batch=on_batch)
         invalid, padded_tokens = self._encode_rows(self._engine, work, rows, should_stop)
         if len(invalid) and not self._engine.is_exact:
             # Half precision overflows on some texts with some models. Only these rows are computed again.
-            logger.info(
-                "%d of %d vectors overflowed in %s; using float32 for them",
-                len(invalid),
-                len(rows),
-                self._engine.precision,
-            )
+            precision = self._engine.precision
+            logger.info("%d of %d vectors overflowed in %s; using float32 for them", len(invalid), len(rows), precision)
             invalid, more = self._encode_rows(self._float32_engine(), work, invalid, should_stop, is_again=True)
             padded_tokens += more
         status, n_tokens, truncated = window.status.copy(), window.n_tokens.copy(), window.truncated.copy()
         vectors[invalid] = 0
         status[invalid], n_tokens[invalid], truncated[invalid] = Status.NOT_FINITE, 0, False
+        if tokens is not None and len(invalid):
+            tokens = tokens.only(status == Status.OK)
         return Encoded(
-            vectors=vectors, status=status, n_tokens=n_tokens, truncated=truncated, padded_tokens=padded_tokens
-        )
+            vectors=vectors, status=status, n_tokens=n_tokens, truncated=truncated, padded_tokens=padded_tokens,
+            tokens=tokens,
+        )  # fmt: skip
 
     def _encode_rows(
         self, engine: Engine, work: _Work, rows: np.ndarray, should_stop: Callable[[], bool], *, is_again: bool = False
@@ -241,6 +246,8 @@ class Encoder:
             batch = in_flight.popleft()
             work.vectors[batch.rows] = computed = _vectors_of(engine, batch)
             is_invalid = engine.invalid(computed)
+            if work.tokens is not None and batch.tokens is not None:
+                is_invalid |= batch.tokens.put_into(work.tokens, batch.rows)
             invalid.append(batch.rows[is_invalid])
             fresh = batch.rows[:0] if is_again else batch.rows[~done[batch.rows]]
             done[batch.rows[~is_invalid]] = True
@@ -317,7 +324,10 @@ class Encoder:
         memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
         budget = config.token_budget or default_token_budget(device.type, memory)
         width = config.dimensions or model.truncate_dim
-        return Engine(model, device, dtype, token_budget=budget, normalize=config.normalize, dimensions=width)
+        return Engine(
+            model, device, dtype, token_budget=budget, normalize=config.normalize, dimensions=width,
+            heads=self._heads.of(model, device, dtype),
+        )  # fmt: skip
 
     @property
     def token_budget(self) -> int:
@@ -381,11 +391,7 @@ class Encoder:
                 engine.token_budget = self._engine.token_budget
                 self._use(engine)
         noise = 1e-5 if self._engine.dtype == torch.float32 else 1e-3
-        if len(rows) > 1 and np.ptp(self._sample_BD, axis=0).max() <= noise * np.abs(self._sample_BD).max():
-            raise ConfigError(
-                f"model {self.config.model!r}: gives different sentences the same vector; its tokenizer or its weights "
-                "are not those it was trained with, download or save the model again"
-            )
+        resolve.refuse_same_vectors(self._sample_BD, noise, self.config.model)
         requested = self.config.dimensions
         if requested is not None and requested > self.dimensions:
             raise ConfigError(f"--dimensions {requested}: the model has {self.dimensions}; pass that or fewer")

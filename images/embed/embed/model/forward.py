@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
+from embed.model.heads import BatchTokens, Heads
 from embed.model.tokens import TASK, Features
 from estiba.errors import ConfigError
 
@@ -32,6 +33,9 @@ class InFlight(Protocol):
     @property
     def padded_tokens(self) -> int: ...
 
+    @property
+    def tokens(self) -> BatchTokens | None: ...  # what the heads give, if there are any; complete after `wait`
+
     def wait(self) -> np.ndarray: ...  # float32[B, D]
 
 
@@ -44,6 +48,8 @@ class Copying:
     """float32[B, D] in host memory; complete once `copied` has happened."""
     copied: torch.cuda.Event | None
     padded_tokens: int
+    tokens: BatchTokens | None
+    """As `vectors_BD`."""
 
     def wait(self) -> np.ndarray:
         """Wait for the device."""
@@ -68,8 +74,10 @@ class Engine:
         token_budget: int,
         normalize: bool,
         dimensions: int | None,
+        heads: Heads | None = None,
     ) -> None:
         self.model = model
+        self.heads = heads or Heads()
         self.device = device
         self.dtype = dtype
         self.token_budget = token_budget
@@ -94,15 +102,16 @@ class Engine:
         tokens = padded_tokens(features)
         on_device = {key: self._to_device(value) for key, value in features.items()}
         with torch.inference_mode():
-            vectors_BD = self.finished(self.forward(on_device))
+            output = self.forward(on_device)
+            vectors_BD = self.finished(output["sentence_embedding"])
+            by_token = self.heads.of_batch(output, features, normalize=self.normalize)
             copied = None
             if self.device.type == "cuda":
-                on_host_BD = torch.empty(vectors_BD.shape, dtype=torch.float32, pin_memory=True)
-                on_host_BD.copy_(vectors_BD, non_blocking=True)
+                vectors_BD = _to_host(vectors_BD)
+                by_token = by_token and by_token.map(_to_host)
                 copied = torch.cuda.Event()
                 copied.record(torch.cuda.current_stream(self.device))
-                vectors_BD = on_host_BD
-        return Copying(rows=rows, vectors_BD=vectors_BD, copied=copied, padded_tokens=tokens)
+        return Copying(rows=rows, vectors_BD=vectors_BD, copied=copied, padded_tokens=tokens, tokens=by_token)
 
     def finished(self, output_BD: torch.Tensor) -> torch.Tensor:
         """What the settings make of the model's output: float32[B, D]."""
@@ -113,15 +122,15 @@ class Engine:
             vectors_BD = torch.nn.functional.normalize(vectors_BD, p=2, dim=1)
         return vectors_BD
 
-    def forward(self, features: Features) -> torch.Tensor:
-        """The model's output for one batch: [B, full width], in its precision."""
+    def forward(self, features: Features) -> Features:
+        """The model's output for one batch; its "sentence_embedding" is [B, full width], in the model's precision."""
         output = self.model(features, task=TASK)
         if "sentence_embedding" not in output:
             raise ConfigError(
                 f"the model gives no vector of a text, only {', '.join(sorted(map(str, output)))}; pass a "
                 "SentenceTransformer model, whose modules end with a pooling"
             )
-        return output["sentence_embedding"]  # type: ignore[no-any-return]
+        return output  # type: ignore[no-any-return]
 
     def _to_device(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or self.device.type == "cpu":
@@ -158,6 +167,12 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     markers = ("CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator", "bad_alloc", "could not allocate memory")
     return isinstance(error, RuntimeError) and any(marker in str(error) for marker in markers)
+
+
+def _to_host(values: torch.Tensor) -> torch.Tensor:
+    """Start the copy of float32 values to pinned memory."""
+    on_host = torch.empty(values.shape, dtype=torch.float32, pin_memory=True)
+    return on_host.copy_(values, non_blocking=True)
 
 
 def padded_tokens(features: Features) -> int:

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,8 +56,10 @@ class ModelFiles:
     """The hub commit; None for a directory."""
 
 
-def find(model: str, revision: str | None) -> ModelFiles:
+def find(model: str, revision: str | None, more_files: Sequence[str] = ()) -> ModelFiles:
     """The files of `model`, fetched if necessary. A directory is used as it is, without the network.
+
+    `more_files` are names of files that few models have.
 
     Raises ConfigError if there is no such directory or hub model, if access or the network is missing, or if the
     directory holds no model.
@@ -73,7 +75,7 @@ def find(model: str, revision: str | None) -> ModelFiles:
             f"model {model!r}: no such directory; pass --model DIRECTORY, s3://BUCKET/PREFIX or a name on the hub"
         )
     else:
-        files = _fetch(model, revision)
+        files = _fetch(model, revision, more_files)
     names = sorted(path.name for path in files.directory.iterdir())
     if "modules.json" not in names and "config.json" not in names:
         raise ConfigError(
@@ -119,7 +121,7 @@ def _json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _fetch(model: str, revision: str | None) -> ModelFiles:
+def _fetch(model: str, revision: str | None, more_files: Sequence[str]) -> ModelFiles:
     # Models of the sentence-transformers organisation may be named without it.
     short = "/" not in model and model.lower() not in ORIGINAL_TRANSFORMER_MODELS
     name = f"sentence-transformers/{model}" if short else model
@@ -137,8 +139,8 @@ def _fetch(model: str, revision: str | None) -> ModelFiles:
                 for folder in folders
                 if not any(folder.glob("*.safetensors"))
             }
-            if pickled:
-                huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=sorted(pickled))
+            if wanted := [*sorted(pickled), *more_files]:
+                huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted)
     except EstibaError:
         raise
     except Exception as error:  # the hub client raises errors of three libraries

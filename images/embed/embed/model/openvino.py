@@ -77,6 +77,7 @@ class Requested:
     rows: np.ndarray
     padded_tokens: int
     finish: Callable[[], torch.Tensor]
+    tokens: None = None
 
     def wait(self) -> np.ndarray:
         """Wait for the stream. Raises EngineError."""

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
@@ -101,6 +102,15 @@ def tokens_beyond(model: SentenceTransformer, known: int | None) -> dict[str, in
     return dict(sorted(((token, id) for token, id in vocabulary.items() if id >= known), key=lambda item: item[1]))
 
 
+def warn_of_tokens_beyond(tokens: dict[str, int], known: int | None) -> None:
+    if tokens:
+        names = ", ".join(f"{token!r} ({id})" for token, id in list(tokens.items())[:3])
+        logger.warning(
+            "the embedding table has %d rows, and %d tokens of the tokenizer lie beyond it: %s%s; a row with one of "
+            "them gets no vector", known, len(tokens), names, ", ..." if len(tokens) > 3 else "",
+        )  # fmt: skip
+
+
 def refuse_unknown_words(model: SentenceTransformer, name: str, sentences: Sequence[str]) -> None:
     """Raise ConfigError if the tokenizer knows no word of any sentence: then all texts are the same to the model."""
     tokenizer = getattr(first_module(model), "tokenizer", None)
@@ -111,6 +121,23 @@ def refuse_unknown_words(model: SentenceTransformer, name: str, sentences: Seque
         raise ConfigError(
             f"model {name!r}: its tokenizer knows no word and reads only {tokenizer.unk_token}; its files "
             "(tokenizer.json, or vocab.txt and the like) are missing or another model's; copy them there"
+        )
+
+
+def refuse_long_prompt(model: SentenceTransformer, prompt: str, max_length: int) -> None:
+    if prompt and (used := length_of(model, prompt)) >= max_length:
+        raise ConfigError(
+            f"the prompt {prompt!r:.80} uses {used} of {max_length} tokens and leaves none for the text; shorten --prompt "
+            "or raise --max-length"
+        )
+
+
+def refuse_same_vectors(vectors_BD: np.ndarray, noise: float, name: str) -> None:
+    """Raise ConfigError if the vectors of different sentences differ by noise only."""
+    if len(vectors_BD) > 1 and np.ptp(vectors_BD, axis=0).max() <= noise * np.abs(vectors_BD).max():
+        raise ConfigError(
+            f"model {name!r}: gives different sentences the same vector; its tokenizer or its weights are not those it "
+            "was trained with, download or save the model again"
         )
 
 
