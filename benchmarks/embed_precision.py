@@ -102,7 +102,7 @@ def main() -> int:
     if not options.input.is_dir() or not options.model.is_dir():
         print(f"there is no {options.input} or no {options.model}; run `make demo` first", file=sys.stderr)
         return 2
-    from sentence_transformers.quantization import quantize_embeddings
+    from sentence_transformers.util.quantization import quantize_embeddings
 
     from embed.data.precision import stored  # type: ignore[import-not-found]
 

@@ -26,6 +26,7 @@ SMALLEST = {
     "embed_contention": "--tiny",
     "embed_kills": "--kills 1 --files 4 --rows 60",
     "embed_memory": "--gigabytes 0.02",
+    "embed_precision": "--rows 100 --queries 10",
     "embed_speed": "--rows 40 --rounds 1",
     "finetune_throughput": "--tiny --rounds 1 --answers 4",
     "hdf5_s3": "--rounds 1 --seconds 0.5 --sessions 2 --peers local,ours_cold",
