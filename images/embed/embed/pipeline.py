@@ -171,7 +171,7 @@ class Pipeline:
         """
         is_cpu = self.encoder.device.startswith("cpu")
         rows, characters = CPU_LIMITS if is_cpu else GPU_LIMITS
-        if width := self.encoder.token_dimensions:
+        if width := self.encoder.info.token_dimensions:
             most_bytes = CPU_TOKEN_VECTOR_BYTES if is_cpu else GPU_TOKEN_VECTOR_BYTES
             characters = min(characters, 2 * most_bytes // (4 * width))
         # With --chunk the model reads all of a text.

@@ -20,7 +20,7 @@ def finish_range(
     encoded: Encoded,
     passages: Passages,
     engines: Sequence[dict[str, Any]],
-) -> tuple[bytes, tuple[tuple[str, str], ...], tuple[str, ...]]:
+) -> tuple[memoryview, tuple[tuple[str, str], ...], tuple[str, ...]]:
     """The content of a range's chunk; key and name of the chunks of its earlier parts; and the partial chunks replaced.
 
     `encoded` and `passages` are the last part. One part is in memory at a time beside it. With --chunk-output rows each

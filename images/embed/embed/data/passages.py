@@ -67,7 +67,7 @@ def partial_part_key_of(file: str, rows: RowRange, part: int) -> str:
 # --- contents ------------------------------------------------------------------------------------------------------
 
 
-def with_passages(data: bytes | memoryview, passages: Passages, rows_done: int | None = None) -> bytes | memoryview:
+def with_passages(data: bytes | memoryview, passages: Passages, rows_done: int | None = None) -> memoryview:
     """A chunk that holds a window, with its passages, and if it is a partial one the rows that it stands for."""
     batch = from_bytes(data)
     columns = {
@@ -89,7 +89,7 @@ def with_passages(data: bytes | memoryview, passages: Passages, rows_done: int |
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, whole.schema) as writer:
         writer.write_batch(whole)
-    return sink.getvalue().to_pybytes()
+    return memoryview(sink.getvalue()).cast("B")
 
 
 def passages_from(batch: pa.RecordBatch) -> Passages:

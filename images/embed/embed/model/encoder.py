@@ -114,8 +114,7 @@ class Encoder:
         why_not = "" if isinstance(self._tokens, FastTokens) else "the model has a tokenizer of its own"
         why_not = "--trust-remote-code is set" if config.trust_remote_code else why_not
         why_not = f"it does not compute {self._heads.flags}" if self._heads.digests else why_not
-        tokens = self._tokens
-        compared = []
+        tokens, compared = self._tokens, []
         if config.engine != "torch" and not why_not:
             compared = samples.batches(tokens, self._known_ids, first_texts, self.token_budget)
         self._engines = Engines(
@@ -143,13 +142,8 @@ class Encoder:
             dtype=self.dtype,
             token_budget=self.token_budget,
             engine=f"{self._engine.version}, {self._engine.precision}",
-            token_dimensions=self.token_dimensions,
+            token_dimensions=self._heads.vector_width,
         )
-
-    @property
-    def token_dimensions(self) -> int:
-        """Width of a token's vector; 0 without --multi-vector."""
-        return self._heads.vector_width
 
     def continue_with(self, earlier: Mapping[str, Any]) -> None:
         """Use the engine that computed the rows of an earlier attempt, if it runs here."""

@@ -127,8 +127,8 @@ def refuse_unknown_words(model: SentenceTransformer, name: str, sentences: Seque
 def refuse_long_prompt(model: SentenceTransformer, prompt: str, max_length: int) -> None:
     if prompt and (used := length_of(model, prompt)) >= max_length:
         raise ConfigError(
-            f"the prompt {prompt!r:.80} uses {used} of {max_length} tokens and leaves none for the text; shorten --prompt "
-            "or raise --max-length"
+            f"the prompt {prompt!r:.80} uses {used} of {max_length} tokens and leaves none for the text; shorten "
+            "--prompt or raise --max-length"
         )
 
 
