@@ -20,6 +20,7 @@ from whole_job import outputs, run, write
 from embed import pipeline
 from embed.config import EmbedConfig
 from embed.data.chunks import ModelInfo
+from embed.data.token_outputs import TokenOutputs
 from embed.job import chunks_identity, embed, output_identity
 from embed.model import Encoder, Status, loading
 from estiba.errors import ConfigError, Interrupted
@@ -283,6 +284,17 @@ def test_the_heads_files_of_a_hub_model_are_fetched_only_when_they_are_needed(m3
     assert not [name for name in asked if "linear" in name]
     Encoder(EmbedConfig(model="BAAI/bge-m3", device="cpu", sparse=True))
     assert asked[-2:] == ["sparse_linear.pt", "sparse_linear.safetensors"]
+
+
+def test_rows_of_a_partial_chunk_are_found_again_whatever_rows_are_taken_from_it():
+    outputs = TokenOutputs.zeros(np.array([0, 2, 2, 5]), np.arange(5, dtype=np.int32), has_weights=True, vector_width=3)
+    outputs.put(np.array([2, 0]), np.arange(5, dtype=np.float32), np.arange(15, dtype=np.float32).reshape(5, 3))
+    batch = pa.record_batch(outputs.partial_columns())
+    assert np.array_equal(TokenOutputs.of_partial(batch).vectors, outputs.vectors)
+    taken = pa.concat_batches([batch.slice(2), batch]).take(pa.array([3, None, 0], pa.int64()))
+    back, expected = TokenOutputs.of_partial(taken), outputs.of_rows(np.array([2, 1, 2]))
+    assert np.array_equal(back.starts, expected.starts) and np.array_equal(back.ids, expected.ids)
+    assert np.array_equal(back.weights, expected.weights) and np.array_equal(back.vectors, expected.vectors)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from embed.data.precision import MULTI_VECTOR, SPARSE, SPARSE_TYPE, vector_array
 
@@ -46,11 +47,17 @@ class TokenOutputs:
 
     def put_rows_of(self, other: TokenOutputs, rows: np.ndarray) -> None:
         """Take the values of some rows from the same window of an earlier attempt."""
-        at = other._tokens_of(rows)
-        self.put(
-            rows,
-            None if other.weights is None else other.weights[at],
-            None if other.vectors is None else other.vectors[at],
+        found = other.of_rows(rows)
+        self.put(rows, found.weights, found.vectors)
+
+    def of_rows(self, rows: np.ndarray) -> TokenOutputs:
+        """A copy of some rows, in that order."""
+        at = self._tokens_of(rows)
+        return TokenOutputs(
+            starts=_starts(np.diff(self.starts)[rows]),
+            ids=self.ids[at],
+            weights=None if self.weights is None else self.weights[at],
+            vectors=None if self.vectors is None else self.vectors[at],
         )
 
     def only(self, is_kept: np.ndarray) -> TokenOutputs:
@@ -117,12 +124,13 @@ class TokenOutputs:
         if _IDS not in batch.schema.names:
             return None
         ids = batch.column(_IDS)
-        outputs = cls(starts=ids.offsets.to_numpy().astype(np.int64), ids=ids.values.to_numpy())
+        lengths = pc.list_value_length(ids).fill_null(0).to_numpy()
+        outputs = cls(starts=_starts(lengths), ids=ids.flatten().to_numpy())
         if _WEIGHTS in batch.schema.names:
-            outputs = replace(outputs, weights=batch.column(_WEIGHTS).values.to_numpy())
+            outputs = replace(outputs, weights=batch.column(_WEIGHTS).flatten().to_numpy())
         if _VECTORS in batch.schema.names:
-            vectors = batch.column(_VECTORS).values
-            outputs = replace(outputs, vectors=vectors.values.to_numpy().reshape(-1, vectors.type.list_size))
+            vectors = batch.column(_VECTORS).flatten()
+            outputs = replace(outputs, vectors=vectors.flatten().to_numpy().reshape(-1, vectors.type.list_size))
         return outputs
 
 
