@@ -154,6 +154,29 @@ def test_a_model_with_a_tokenizer_of_its_own_is_refused(root, inputs, tiny_model
         run(tiny_model, chunk=64)
 
 
+def test_columns_of_every_kind_are_repeated(root, inputs, tiny_model):
+    table = pa.table(
+        {
+            "texto": pa.array([words(200), "el mar"], pa.string_view()),
+            "dictionary": pa.array(["uno", "dos"]).dictionary_encode(),
+            "view": pa.array([b"x" * 40, None], pa.binary_view()),
+            "nested": pa.array([[{"a": "b" * 40}], None], pa.list_(pa.struct([("a", pa.string())]))),
+            "list_view": pa.array([[1], None], pa.list_view(pa.int32())),
+            "uuid": pa.array([b"0123456789abcdef", None], pa.uuid()),
+            "map": pa.array([[(1, "a")], None], pa.map_(pa.int32(), pa.string())),
+        }
+    )
+    pq.write_table(table, inputs / "a.parquet")
+    expected = pq.read_table(inputs / "a.parquet")
+    run(tiny_model, chunk=64, chunk_output="rows")
+    out = outputs(root)
+    assert out.num_rows > 3
+    for name in expected.schema.names:
+        first, second = expected[name].to_pylist()
+        assert out[name].to_pylist() == [first] * (out.num_rows - 1) + [second]
+        assert out[name].type == expected[name].type
+
+
 def test_an_input_column_with_the_name_of_an_added_one_is_refused(root, inputs, tiny_model):
     write(inputs / "a.parquet", ["hola"], chunk=[1])
     with pytest.raises(ConfigError, match="already has a column 'chunk'"):

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
-from embed.artifacts.passage_rows import CHUNK, FIELDS, PassageReader, Piece
+from embed.artifacts.passage_rows import CHUNK, FIELDS, PassageReader, Piece, repeat
 from embed.artifacts.written import COUNTS_KEY, ENGINES_KEY, METADATA_KEY, Written
 from embed.config import EmbedConfig
 from embed.data.chunks import (
@@ -290,8 +290,8 @@ def _join(batch: pa.RecordBatch, piece: Piece, schema: pa.Schema, config: EmbedC
     words = pa.DictionaryArray.from_arrays(
         status.cast(pa.int8()), pa.array([STATUS_WORDS[item] for item in Status])
     ).cast(pa.string())
-    kept = batch.take(pa.array(piece.rows)) if CHUNK in vectors.schema.names else batch
-    columns = [*kept.columns, vectors.column("vectors"), words]
+    kept = repeat(batch, piece.rows) if CHUNK in vectors.schema.names else batch.columns
+    columns = [*kept, vectors.column("vectors"), words]
     columns += [vectors.column("n_tokens")] * config.n_tokens + [vectors.column("truncated")] * config.truncated
     columns += [vectors.column(field.name) for field in _passage_fields(config)]
     columns += [vectors.column(name) for name in (SPARSE, MULTI_VECTOR) if name in vectors.schema.names]

@@ -30,6 +30,17 @@ class Piece:
     vectors: pa.RecordBatch
 
 
+def repeat(batch: pa.RecordBatch, rows: np.ndarray) -> list[pa.Array]:
+    """The batch's columns, with each of `rows` as often as it is named."""
+    columns = []
+    for column in batch.columns:
+        try:
+            columns.append(column.take(pa.array(rows)))
+        except pa.ArrowNotImplementedError:  # string_view and binary_view
+            columns.append(pa.concat_arrays([column.slice(row, 1) for row in rows]))
+    return columns
+
+
 class PassageReader:
     """The passages of a row group in order, with one chunk in memory at a time."""
 
