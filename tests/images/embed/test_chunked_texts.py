@@ -16,6 +16,7 @@ from whole_job import outputs, run, write
 from embed import pipeline
 from embed.artifacts import passage_rows
 from embed.config import EmbedConfig
+from embed.data import precision
 from embed.data.chunks import ModelInfo
 from embed.job import chunks_identity, embed, output_identity
 from embed.model import Encoder, passages
@@ -175,6 +176,19 @@ def test_columns_of_every_kind_are_repeated(root, inputs, tiny_model):
         first, second = expected[name].to_pylist()
         assert out[name].to_pylist() == [first] * (out.num_rows - 1) + [second]
         assert out[name].type == expected[name].type
+
+
+@MODES
+def test_the_stored_precision_is_that_of_the_mean_or_of_each_chunk(root, inputs, tiny_model, monkeypatch, mode):
+    monkeypatch.setattr(passages, "WINDOW_PASSAGES", 20)
+    write(inputs / "a.parquet", [words(1000), "el mar"])
+    options = {"chunk": 32, "chunk_output": mode}
+    run(tiny_model, **options, output_path=str(root / "exact"))
+    exact = vectors_of(pq.read_table(root / "exact/a.parquet"))
+    run(tiny_model, **options, embedding_dtype="int8")
+    found = outputs(root)["embeddings"].combine_chunks()
+    assert found.type == pa.list_(pa.int8(), 32)
+    assert np.array(found.flatten()).reshape(-1, 32).tolist() == precision.stored(exact, "int8").tolist()
 
 
 def test_an_input_column_with_the_name_of_an_added_one_is_refused(root, inputs, tiny_model):
