@@ -1,11 +1,11 @@
 """Progress of a job: a bar on a terminal, else lines at intervals, for people and for metric regexes.
 
-A line holds `name=value` pairs: `rows=48210 rows_per_s=812.4 eta_s=61`. The same numbers go to a JSON-lines file.
+A line holds `name=value` pairs: `rows=48210 rows_per_s=812.4 eta_s=61`. The same numbers go to a
+`MetricsWriter`, such as a file of JSON lines.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import sys
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from estiba.log import format_fields, json_value, progress_bar
+from estiba.metrics_output import JsonLines, MetricsWriter
 from estiba.platform.stop import seconds
 
 INTERVAL_S = 10.0
@@ -30,16 +31,18 @@ class Progress:
         done: float = 0,
         stream: TextIO | None = None,
         metrics_path: Path | None = None,
+        metrics: MetricsWriter | None = None,
         interval_s: float | None = None,
     ) -> None:
         """`done` is the work of earlier attempts. It counts towards the total, not towards the rate.
 
+        The numbers of a line also go to `metrics`, or as JSON lines to `metrics_path`.
         `interval_s` is the time between lines; None uses ESTIBA_LOG_INTERVAL_S, or ten seconds.
         """
         self.total, self.unit, self.resumed = total, unit, done
         self.done = done
         self._stream = stream or sys.stderr
-        self._metrics = metrics_path
+        self._metrics = JsonLines(metrics_path) if metrics is None and metrics_path is not None else metrics
         self._interval_s = interval_s or seconds(os.environ, "ESTIBA_LOG_INTERVAL_S") or INTERVAL_S
         self._started = self._last = time.monotonic()
         self._bar = progress_bar(self._stream, total=total, done=done, unit=f" {unit}", unit_scale=True, leave=True)
@@ -78,10 +81,9 @@ class Progress:
         if self._metrics is not None:
             record = {"time": round(time.time(), 3), **{name: json_value(value) for name, value in values.items()}}
             try:
-                with open(self._metrics, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
+                self._metrics.write(record)
             except OSError as error:  # a full disk must not end the job
-                print(f"warning: {self._metrics}: metrics not written ({error.strerror})", file=self._stream)
+                print(f"warning: {self._metrics.name}: metrics not written ({error.strerror})", file=self._stream)
                 self._metrics = None
 
     def close(self) -> None:

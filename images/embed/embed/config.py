@@ -88,6 +88,9 @@ class EmbedConfig(Config):
     stale_outputs: Literal["keep", "remove", "refuse"] = "keep"
     """What to do with outputs of earlier runs whose input no longer exists or can no longer be embedded: name them,
     remove them at the end, or refuse to start. Outputs of another model are refused, unless they are to be removed."""
+    metrics_format: Literal["jsonl", "prometheus", "emf"] = "jsonl"
+    """Form of the progress numbers: a file of JSON lines or for Prometheus' textfile collector, both in a local
+    checkpoint directory, or lines on standard output in CloudWatch's embedded metric format."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """Whether a row with a token that the model's embedding table lacks fails the job (exit status 1, after all other
     rows are done) or only warns. It gets no vector in either case."""
@@ -176,4 +179,14 @@ class EmbedConfig(Config):
     def _one_prompt(self) -> EmbedConfig:
         if self.prompt is not None and self.prompt_name is not None:
             raise ValueError(f"--prompt {self.prompt!r} and --prompt-name {self.prompt_name!r}: pass one of the two")
+        return self
+
+    @model_validator(mode="after")
+    def _place_for_metrics(self) -> EmbedConfig:
+        if self.metrics_format == "prometheus" and (self.no_checkpoint or self.checkpoint_path.startswith("s3://")):
+            given = "--no-checkpoint" if self.no_checkpoint else f"--checkpoint-path {self.checkpoint_path}"
+            raise ValueError(
+                f"--metrics-format prometheus with {given}: the file is kept in a local checkpoint directory; "
+                "pass one, or --metrics-format emf"
+            )
         return self

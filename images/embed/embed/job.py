@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from embed.artifacts import stale
+from embed.artifacts.metrics import metrics_writer, write_last
 from embed.artifacts.outputs import added_columns, kept_columns, why_not_named, why_not_writable
 from embed.artifacts.results import results_of
 from embed.artifacts.stale import OldOutput
@@ -43,6 +44,7 @@ from estiba.storage import FileStore, Store, open_store, stage
 
 if TYPE_CHECKING:
     from embed.pool import InProcess, MultiProcess
+    from estiba.metrics_output import MetricsWriter
 
 logger = get_logger(__name__)
 
@@ -81,7 +83,8 @@ def embed(config: EmbedConfig, job: Job, stop: Stop) -> None:
             model += f"({pool.model.engine}); "
             model += f"--batch-size {config.batch_size}: {batches_of(config, pool.model)}"
             logger.info(state.summary(found.ignored, is_resumed, model))
-            compute(state, pool, job, stop)
+            metrics = metrics_writer(config, job, saved)
+            compute(state, pool, metrics, stop)
             computed = time.monotonic()
         finally:
             pool.close()
@@ -102,6 +105,7 @@ def embed(config: EmbedConfig, job: Job, stop: Stop) -> None:
             loaded=loaded,
             computed=computed,
         )
+        write_last(metrics, results)
     name = "results.json" if job.host_count == 1 else f"results-{job.current_host}.json"
     target.write(name, (json.dumps(results, indent=2, ensure_ascii=True) + "\n").encode())
     stale.handle(target, old, config.stale_outputs)
@@ -293,11 +297,9 @@ def _digest(parts: Mapping[str, object]) -> str:
 # --- during --------------------------------------------------------------------------------------------------------
 
 
-def compute(state: JobState, pool: InProcess | MultiProcess, job: Job, stop: Stop) -> None:
+def compute(state: JobState, pool: InProcess | MultiProcess, metrics: MetricsWriter | None, stop: Stop) -> None:
     """Work until every file is joined or bad. Raises Interrupted on a stop; the ledger is written in any case."""
-    progress = Progress(
-        total=state.rows_total, unit="rows", done=state.rows_saved, metrics_path=_metrics_path(state, job)
-    )
+    progress = Progress(total=state.rows_total, unit="rows", done=state.rows_saved, metrics=metrics)
     state.progress = progress
     try:
         for _ in range(PASSES):
@@ -320,13 +322,6 @@ def compute(state: JobState, pool: InProcess | MultiProcess, job: Job, stop: Sto
         raise
     finally:
         progress.close()
-
-
-def _metrics_path(state: JobState, job: Job) -> Path | None:
-    store = state.chunks.store
-    if state.ledger is None or not isinstance(store, FileStore):
-        return None
-    return store.path_of(f"metrics-{job.current_host}.jsonl")
 
 
 # --- after ---------------------------------------------------------------------------------------------------------

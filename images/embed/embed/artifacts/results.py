@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from typing import Any
 
+from embed.artifacts.speed import speed_of
 from embed.artifacts.stale import OldOutput
 from embed.config import EmbedConfig
 from embed.data.chunks import ModelInfo
@@ -102,6 +103,9 @@ def results_of(
         },
         "cost": _cost(job, total_s),
     }
+    result["speed"] = speed_of(
+        config, job, model, tokens=attempt.tokens, padded_tokens=attempt.padded_tokens, seconds=compute_s
+    )  # after the peak of the memory was read
     if tokens_aproximados:
         result["tokens_aproximados"] = sum(tokens_aproximados)
     if config.chunk_output == "rows":

@@ -148,6 +148,8 @@ class ModelInfo:
     """What computes the vectors: name, version and precision."""
     token_dimensions: int = 0
     """Width of a token's vector; 0 without --multi-vector."""
+    products: tuple[tuple[int, int], ...] = ()
+    """Inputs and outputs of each matrix that a token is multiplied with."""
 
 
 # --- keys ----------------------------------------------------------------------------------------------------------

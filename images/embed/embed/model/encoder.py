@@ -24,7 +24,7 @@ from embed.data.token_outputs import TokenOutputs
 from embed.model import heads, loading, resolve, samples
 from embed.model.batches import BatchDone, Stopped, default_token_budget, pack
 from embed.model.engines import Engines
-from embed.model.forward import Engine, InFlight, cpu_name, is_out_of_memory
+from embed.model.forward import Engine, InFlight, cpu_name, is_out_of_memory, products_of
 from embed.model.openvino import EngineError
 from embed.model.passages import cutter_for
 from embed.model.resolve import NO_LIMIT
@@ -143,6 +143,7 @@ class Encoder:
             token_budget=self.token_budget,
             engine=f"{self._engine.version}, {self._engine.precision}",
             token_dimensions=self._heads.vector_width,
+            products=products_of(self._engine.model),
         )
 
     def continue_with(self, earlier: Mapping[str, Any]) -> None:

@@ -182,6 +182,15 @@ def padded_tokens(features: Features) -> int:
     return 0
 
 
+def products_of(modules: torch.nn.Module) -> tuple[tuple[int, int], ...]:
+    """The linear layers that every token passes; a pooler reads one token of a text."""
+    return tuple(
+        (layer.in_features, layer.out_features)
+        for name, layer in modules.named_modules()
+        if isinstance(layer, torch.nn.Linear) and "pooler" not in name
+    )
+
+
 def cpu_name() -> str:
     """The kind of CPU, whose instructions decide the order of a sum."""
     with contextlib.suppress(OSError):
