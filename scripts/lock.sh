@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Write every lock: images/*, tests/images/*, compose/s3 (requirements.txt) and uv.lock.
+# Write every lock: images/*, tests/images/*, compose/s3 (requirements.txt), benchmarks/embedders/locks and uv.lock.
 #
 #   scripts/lock.sh              # lock what is new in the .in files; locked versions stay
 #   scripts/lock.sh --upgrade    # the newest versions of everything
@@ -45,5 +45,11 @@ grep -vx 'torch' images/excludes.txt >"$work/not-torch"
 compile images/base images/base/requirements.in --excludes "$work/not-torch" --no-emit-package torch --constraint "$work/tools.txt" "$@"
 
 compile compose/s3 compose/s3/requirements.in "$@"
+
+# Other projects' programs that benchmarks run, each in its own environment; torch comes from images/base/torch.txt.
+for input in benchmarks/embedders/locks/*.in; do
+    "$UV" pip compile --quiet --python-version 3.11 --no-header --no-annotate --excludes images/excludes.txt "$@" \
+        "$input" -o "${input%.in}.txt"
+done
 
 "$UV" lock --quiet "$@"

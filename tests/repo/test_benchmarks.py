@@ -24,8 +24,10 @@ SMALLEST = {
     "checkpoint_kills": "--kills 2 --damages 2",
     "checkpoint_save": "--rounds 1 --scale 0.1",
     "embed_contention": "--tiny",
+    "embed_gpu": "--tiny",
     "embed_kills": "--kills 1 --files 4 --rows 60",
     "embed_memory": "--gigabytes 0.02",
+    "embed_peers": "--tiny",
     "embed_precision": "--rows 100 --queries 10",
     "embed_speed": "--rows 40 --rounds 1",
     "finetune_throughput": "--tiny --rounds 1 --answers 4",
@@ -51,7 +53,7 @@ def test_the_torch_environment_holds_what_the_images_require() -> None:
     pins = wheelhouse.requirements(ROOT / "benchmarks/peers.txt")
     peers = {wheelhouse.normal(name): version for name, version in (pin.split("==") for pin in pins)}
     missing = []
-    for image in ("aura", "brain-to-text"):
+    for image in ("aura", "brain-to-text", "embed"):
         lock = wheelhouse.requirements(ROOT / f"images/{image}/requirements.txt")
         for line in wheelhouse.for_target(lock, "3.11"):
             name, version = line.split(" --hash=")[0].split("==")

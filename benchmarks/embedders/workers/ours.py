@@ -1,0 +1,29 @@
+"""This project's Encoder, with its defaults or with the settings in `options`. A file is one window."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from embed.config import EmbedConfig  # type: ignore[import-not-found]
+from embed.model import Encoder  # type: ignore[import-not-found]
+
+
+class Ours:
+    def __init__(self, task: dict[str, Any]) -> None:
+        self.encoder = Encoder(EmbedConfig(model=task["model"], device="cpu", **task["options"]))
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {"engine": self.encoder.info.engine, "token_budget": self.encoder.token_budget}
+
+    def embed(self, texts: list[str], gate: Any) -> np.ndarray:
+        window = self.encoder.tokenize(texts)
+        self.encoder.choose_engine(window)
+        encoded = self.encoder.encode(window, on_batch=lambda batch: gate.passed(batch.tokens, may_stop=False))
+        return encoded.vectors
+
+
+def load(task: dict[str, Any]) -> Ours:
+    return Ours(task)
