@@ -19,8 +19,6 @@ class ChunkSaved:
     """Rows of a partial chunk of an earlier attempt."""
     rest: int
     """Rows that were neither in a batch nor resumed, such as empty ones."""
-    partial_keys: tuple[str, ...]
-    """The keys of the partial chunks that this one replaces."""
     parts: tuple[tuple[str, str], ...] = ()
     """Key and name of the chunks that hold the earlier parts of the range, if it has several."""
 
@@ -37,11 +35,18 @@ class RowsComputed:
 
 @dataclass(frozen=True, kw_only=True)
 class PartialSaved:
-    """A worker made the finished batches of a row range durable."""
+    """A worker made some finished rows of a window durable."""
 
     key: str
     name: str
     rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartialsReplaced:
+    """A worker saved the chunks of a window and deleted its partial chunks."""
+
+    keys: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +59,13 @@ class FileBroken:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskDone:
-    """The chunks of a task are saved, or its file cannot be read."""
+    """The chunks of a task are saved, or its files cannot be read."""
 
     path: str
     row_group: int
+    """Its first row group."""
     seconds: dict[str, float] = field(default_factory=dict)
     """What the stages of the worker's pipeline took since its last task."""
 
 
-Event = ChunkSaved | FileBroken | PartialSaved | RowsComputed | TaskDone
+Event = ChunkSaved | FileBroken | PartialSaved | PartialsReplaced | RowsComputed | TaskDone

@@ -239,6 +239,7 @@ def open_state(
         },
         dimensions=model.dimensions,
         token_dimensions=model.token_dimensions,
+        device=model.device,
         bad=bad,
     )
     state.open(tables, PARALLEL_READS)

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from embed.config import EmbedConfig
-from embed.data.chunks import ModelInfo, Task
+from embed.data.chunks import ModelInfo
+from embed.data.windows import Task
 from embed.events import Event, TaskDone
 from embed.model import Encoder
 from embed.pipeline import Pipeline

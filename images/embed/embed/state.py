@@ -15,21 +15,21 @@ from embed.artifacts.outputs import Abandoned, write_output
 from embed.artifacts.written import Written, from_ledger, from_metadata
 from embed.config import EmbedConfig
 from embed.data.chunks import (
-    PARTIAL,
     ChunkLost,
     Coverage,
     RowRange,
-    Task,
     computed_by,
     file_key,
     from_bytes,
     key_of,
     range_of,
 )
+from embed.data.partials import Places, is_partial, read_partial
 from embed.data.passages import rows_done_of
 from embed.data.precision import vector_fields
 from embed.data.table import BadFile, Table
-from embed.events import Event, FileBroken, PartialSaved, RowsComputed, TaskDone
+from embed.data.windows import Task, tasks_of, window_rows
+from embed.events import Event, FileBroken, PartialSaved, PartialsReplaced, RowsComputed, TaskDone
 from embed.stages import JOIN, StageTimes
 from estiba.checkpoint import ChunkStore, Ledger
 from estiba.errors import DataError
@@ -90,6 +90,7 @@ class JobState:
     """Written into each output; its `output_id` decides whether an existing output can be used."""
     dimensions: int
     token_dimensions: int
+    device: str
     bad: list[BadFile]
     files: dict[str, FileState] = field(default_factory=dict)
     old_outputs: frozenset[str] = frozenset()
@@ -104,6 +105,9 @@ class JobState:
     def __post_init__(self) -> None:
         self._vectors = vector_fields(self.config, self.dimensions, self.token_dimensions)
         self._partial_rows: dict[str, int] = {}
+        """Rows in the partial chunks of this attempt, by key."""
+        self._partials_found: dict[str, Places] = {}
+        """The rows in those of earlier attempts."""
         self._resumed_of: dict[tuple[str, RowRange], int] = {}
         self._joiner = ThreadPoolExecutor(1, thread_name_prefix="embed-joiner")
         self._joins: list[Future[None]] = []
@@ -135,11 +139,34 @@ class JobState:
         with ThreadPoolExecutor(threads) as pool:
             self.files = {item.table.path: item for item in pool.map(state_of, tables)}
         self.attempt.rows_found = self.rows_done
-        for item in self.files.values():
-            for key in self._partials_of(item.table) if item.state is State.TODO else ():
-                if (data := self.chunks.load(key)) is not None:
-                    self._partial_rows[key] = rows_done_of(from_bytes(data))
+        self._open_partials()
         self.attempt.chunks_found = sum(map(len, ranges.values()))
+
+    def _open_partials(self) -> None:
+        known = {file_key(item.table) for item in self.files.values()}
+        for key in filter(is_partial, self.chunks.keys()):
+            if (data := self.chunks.load(key)) is None:
+                continue
+            if self.config.chunk is not None:
+                if key.split("/")[0] in self._missing():
+                    self._partial_rows[key] = rows_done_of(from_bytes(data))
+            else:
+                places = read_partial(key, data).places
+                if known.intersection(places.files):  # another host's, or of an input that is no more
+                    self._partials_found[key] = places
+        self._drop_partials()
+
+    def _drop_partials(self) -> None:
+        """Delete the partial chunks of earlier attempts whose rows all have chunks."""
+        missing = self._missing()
+        for key, places in list(self._partials_found.items()):
+            if not places.rows_in(missing):
+                self.chunks.drop([key])
+                del self._partials_found[key]
+
+    def _missing(self) -> dict[str, Coverage]:
+        """What the unfinished files have, by file key."""
+        return {file_key(item.table): item.coverage for item in self.files.values() if item.state is State.TODO}
 
     def _existing(self, table: Table, coverage: Coverage, record: dict[str, Any] | None) -> Written | None:
         """The complete output of an earlier attempt, if there is one."""
@@ -169,7 +196,9 @@ class JobState:
     @property
     def rows_saved(self) -> int:
         """Rows that a resume does not compute again."""
-        return self.rows_done + sum(self._partial_rows.values())
+        missing = self._missing()
+        found = sum(places.rows_in(missing) for places in self._partials_found.values())
+        return self.rows_done + found + sum(self._partial_rows.values())
 
     def bad_rows(self) -> list[tuple[str, list[int]]]:
         """The rows that got no vector for a fault of the model, by file; at most ten of each."""
@@ -178,30 +207,33 @@ class JobState:
 
     def computed_by(self) -> dict[str, Any] | None:
         """What computed the saved rows of a file that is not finished; None if there are none."""
-        for item in self.files.values():
-            if item.state is State.TODO:
-                for key in self.chunks.keys(f"{file_key(item.table)}/"):
-                    data = self.chunks.load(key)
-                    engines = computed_by(from_bytes(data)) if data is not None else []
-                    if engines:
-                        return engines[-1]
+        files = [f"{file_key(item.table)}/" for item in self.files.values() if item.state is State.TODO]
+        for key in (*self._partials_found, *(key for file in files for key in self.chunks.keys(file))):
+            data = self.chunks.load(key)
+            engines = computed_by(from_bytes(data)) if data is not None else []
+            if engines:
+                return engines[-1]
         return None
 
     # --- remaining work ----------------------------------------------------------------------------------------
 
     def tasks(self) -> list[Task]:
         """The row groups with missing rows. Starts joining the files that are complete."""
-        tasks: list[Task] = []
         with self.lock:
+            # With --chunk a long text has rows enough for a window.
+            rows = window_rows(self.device, self.rows_total) if self.config.chunk is None else 0
+            missing = {item.table.path: item.coverage for item in self.files.values() if item.state is State.TODO}
+            tasks = tasks_of([item.table for item in self.files.values()], missing, rows)
             for item in self.files.values():
                 if item.state is State.TODO:
-                    partials = tuple((key, self.chunks.name_of(key)) for key in self._partials_of(item.table))
-                    tasks += [replace(task, partials=partials) for task in item.coverage.tasks()]
                     self._join_if_complete(item)
-        return tasks
+            return [replace(task, partials=self._partials_of(task)) for task in tasks]
 
-    def _partials_of(self, table: Table) -> list[str]:
-        return [key for key in self.chunks.keys(f"{file_key(table)}/") if key.endswith(PARTIAL)]
+    def _partials_of(self, task: Task) -> tuple[tuple[str, str], ...]:
+        files = {file_key(item.table) for item in task.row_groups}
+        keys = [key for key, places in self._partials_found.items() if files.intersection(places.files)]
+        keys += [key for key in self._partial_rows if key.split("/")[0] in files]
+        return tuple((key, self.chunks.name_of(key)) for key in keys if key in self.chunks)
 
     def on_event(self, event: Event) -> None:
         """Record what a worker did. Called from any thread."""
@@ -209,6 +241,11 @@ class JobState:
             if isinstance(event, PartialSaved):
                 self.chunks.adopt(event.key, event.name)
                 self._partial_rows[event.key] = event.rows
+                return
+            if isinstance(event, PartialsReplaced):
+                self.chunks.forget(event.keys)
+                for key in event.keys:
+                    self._partial_rows.pop(key, None)
                 return
             if isinstance(event, RowsComputed):
                 self._advance(event.path, event.rows, event.tokens, event.padded_tokens)
@@ -223,8 +260,6 @@ class JobState:
             for key, name in (*event.parts, (key_of(file_key(item.table), event.row_range), event.name)):
                 self.chunks.adopt(key, name)
             item.coverage.add(event.row_range)
-            for key in event.partial_keys:
-                self._partial_rows.pop(key, None)
             self._resumed_of[event.path, event.row_range] = event.resumed
             self.attempt.rows_found += event.resumed
             self.attempt.chunks_saved += 1
@@ -333,6 +368,7 @@ class JobState:
     def finish(self) -> None:
         self._joiner.shutdown(wait=True)
         self.write_ledger()
+        self._drop_partials()
 
     def write_ledger(self) -> None:
         if self.ledger is None:

@@ -69,6 +69,11 @@ class ChunkStore:
         """Add a chunk that another process committed."""
         self._names[key] = name
 
+    def forget(self, keys: Iterable[str]) -> None:
+        """Leave out chunks that another process dropped."""
+        for key in keys:
+            self._names.pop(key, None)
+
     def load(self, key: str) -> bytes | None:
         """Return the verified bytes, or None if the chunk is absent or was quarantined."""
         path = self._names.get(key)

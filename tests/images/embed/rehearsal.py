@@ -29,19 +29,19 @@ import json, os, sys, time
 from embed import model
 pace_s = float(os.environ.pop("PACE_S"))
 trace = os.open(os.environ.pop("TRACE_FILE"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-original = model.Encoder.encode
-def encode(self, window, *rest, **more):
-    os.write(trace, (json.dumps({"rows": len(window.status)}) + "\\n").encode())
+original = model.Encoder._launch
+def launch(self, engine, window, batch):
+    os.write(trace, (json.dumps({"rows": len(batch)}) + "\\n").encode())
     time.sleep(pace_s)
-    return original(self, window, *rest, **more)
-model.Encoder.encode = encode
+    return original(self, engine, window, batch)
+model.Encoder._launch = launch
 sys.argv[0] = "embed"
 from embed.config import EmbedConfig
 from estiba.platform.workload import main
 main(EmbedConfig, "embed.job:embed")
 """
-"""The workload with two additions: it records each row range that it starts in a file, and pauses before it, so that a
-kill comes while a tiny model still has work left."""
+"""The workload with two additions: it records in a file how many rows each batch has that it starts, and pauses before
+it, so that a kill comes while a tiny model still has work left."""
 PACE_S = 0.05
 
 
@@ -51,6 +51,7 @@ class Rehearsal:
     kills: list[float] = field(default_factory=list)
     """Time of each kill, in seconds from the start of its attempt."""
     rows: int = 0
+    """With text, so each is in a batch."""
     rows_started: int = 0
     largest_row_group: int = 0
     equal: bool = False
@@ -65,10 +66,10 @@ class Rehearsal:
         return self.rows_twice <= len(self.kills) * self.largest_row_group
 
 
-def make_input(folder: Path, *, files: int, rows: int, seed: int) -> tuple[int, int]:
-    """Parquet files of several shapes. Returns (total rows, rows of the largest row group)."""
+def make_input(folder: Path, *, files: int, rows: int, seed: int) -> int:
+    """Parquet files of several shapes. Returns the rows of the largest row group."""
     dice = random.Random(seed)
-    total = largest = 0
+    largest = 0
     for index in range(files):
         count = dice.randint(rows // 2, rows * 3 // 2)
         texts: list[str | None] = [" ".join(dice.choices(WORDS, k=dice.randint(1, 60))) for _ in range(count)]
@@ -78,8 +79,12 @@ def make_input(folder: Path, *, files: int, rows: int, seed: int) -> tuple[int, 
         path.parent.mkdir(parents=True, exist_ok=True)
         group = dice.choice([count, max(1, count // 4), 150, 60])
         pq.write_table(table, path, row_group_size=group)
-        total, largest = total + count, max(largest, min(group, count))
-    return total, largest
+        largest = max(largest, min(group, count))
+    return largest
+
+
+def rows_started(trace: Path) -> int:
+    return sum(json.loads(line)["rows"] for line in trace.read_text().splitlines())
 
 
 def start(folder: Path, model: Path, trace: Path, *flags: str) -> subprocess.Popen[bytes]:
@@ -123,12 +128,13 @@ def rehearse(
     whole, broken = folder / "whole", folder / "broken"
     for root in (whole, broken):
         (root / "in").mkdir(parents=True)
-    result.rows, result.largest_row_group = make_input(whole / "in", files=files, rows=rows, seed=seed)
+    result.largest_row_group = make_input(whole / "in", files=files, rows=rows, seed=seed)
     shutil.copytree(whole / "in", broken / "in", dirs_exist_ok=True)
 
     began = time.monotonic()
     finish(start(whole, model, folder / "trace-whole", *flags))
     whole_s = time.monotonic() - began
+    result.rows = rows_started(folder / "trace-whole")
     work_s = json.loads((whole / "output/data/results.json").read_text())["seconds"]["embedding"]
 
     trace = folder / "trace-broken"
@@ -160,7 +166,7 @@ def rehearse(
             break
     result.attempts += 1
     finish(start(broken, model, trace, *flags))
-    result.rows_started = sum(json.loads(line)["rows"] for line in trace.read_text().splitlines())
+    result.rows_started = rows_started(trace)
     result.different = compare(whole / "output/data", broken / "output/data")
     result.equal = not result.different
     return result

@@ -14,6 +14,7 @@ import pytest
 from whole_job import outputs, run
 
 from embed.config import EmbedConfig
+from embed.data import windows
 from embed.data.files import inspect
 from embed.data.table import InputFile
 from embed.job import embed
@@ -34,7 +35,8 @@ def fixed_width(path: Path, word: str, rows: int = 3000) -> None:
 
 
 def after_ranges(monkeypatch: pytest.MonkeyPatch, count: int, action: Callable[[], object]) -> None:
-    """Run `action` when `count` row ranges have been computed."""
+    """Run `action` when `count` row ranges have been computed, each as a window of its own."""
+    monkeypatch.setattr(windows, "CPU_LIMITS", (250, 2**19))
     original, seen = Encoder.encode, []
 
     def encode(self, *arguments, **more):

@@ -13,7 +13,7 @@ from rehearsal import WORDS, compare, make_input
 from test_partial_chunks import Killed, after_batches
 from whole_job import outputs, run, write
 
-from embed import pipeline
+from embed import saving
 from embed.artifacts import passage_rows
 from embed.config import EmbedConfig
 from embed.data import precision
@@ -229,7 +229,7 @@ def test_a_job_that_is_killed_again_and_again_ends_with_the_same_bytes(
     kills = 0
     for count in (2, 5, 12, 24):
         with monkeypatch.context() as patched:
-            patched.setattr(pipeline, "PARTIAL_S", 0.0)
+            patched.setattr(saving, "PARTIAL_S", 0.0)
             patched.setattr(
                 pipeline._Saver, "close", lambda saver: saver._thread.shutdown(wait=True)
             )  # no process dies

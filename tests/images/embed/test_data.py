@@ -16,9 +16,9 @@ from embed.data import files
 from embed.data.chunks import (
     Coverage,
     Encoded,
+    MissingRows,
     RowRange,
     Status,
-    Task,
     file_key,
     from_bytes,
     key_of,
@@ -46,8 +46,8 @@ def inspected(folder: Path, name: str) -> Table:
 
 
 def read(folder: Path, table: Table, row_group: int, limits: RangeLimits, coverage: Coverage, column: str = "texto"):
-    task = Task(table=table, row_group=row_group, missing=coverage.gaps(row_group))
-    return list(text_ranges(FileStore(folder), task, column, limits))
+    rows = MissingRows(table=table, row_group=row_group, missing=coverage.gaps(row_group))
+    return list(text_ranges(FileStore(folder), rows, column, limits))
 
 
 @settings(max_examples=60, deadline=None)
@@ -68,7 +68,7 @@ def test_text_ranges_cover_every_row_once_and_a_resumed_job_cuts_the_same(
 
     def cut(coverage: Coverage) -> list[tuple[int, int, list]]:
         return [
-            (item.row_group, item.start, item.texts)
+            (index, item.start, item.texts)
             for index in range(len(table.row_group_rows))
             for item in read(folder, table, index, limits, coverage)
         ]

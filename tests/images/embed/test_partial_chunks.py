@@ -13,7 +13,7 @@ import pytest
 from rehearsal import compare, make_input
 from whole_job import run
 
-from embed import pipeline
+from embed import saving
 from embed.config import EmbedConfig
 from embed.job import embed
 from embed.model import Encoder, engines
@@ -77,7 +77,7 @@ def test_a_kill_in_the_middle_of_a_row_range_keeps_what_was_computed_seconds_bef
 
     for _ in range(3):
         with monkeypatch.context() as patched:
-            patched.setattr(pipeline, "PARTIAL_S", 0.0)
+            patched.setattr(saving, "PARTIAL_S", 0.0)
             after_batches(patched, 6, kill)
             with pytest.raises(Killed):
                 run(tiny_model, batch_size=32)

@@ -14,9 +14,10 @@ import pytest
 
 from embed import pool
 from embed.config import EmbedConfig
-from embed.data.chunks import Coverage, Task
+from embed.data.chunks import Coverage
 from embed.data.files import inspect
 from embed.data.table import InputFile, Table
+from embed.data.windows import Task, tasks_of
 from embed.events import ChunkSaved, TaskDone
 from embed.model import Encoder
 from estiba.checkpoint import ChunkStore
@@ -44,14 +45,14 @@ class Events(list[Any]):
         pass
 
 
-def tasks_of(folder: Path) -> list[Task]:
+def three_tasks(folder: Path) -> list[Task]:
     """One task for each of three row groups of 100 rows."""
     texts = [f"barco {index}" for index in range(100 * GROUPS)]
     pq.write_table(pa.table({"texto": texts}), folder / "a.parquet", row_group_size=100)
     size = (folder / "a.parquet").stat().st_size
     table = inspect(FileStore(folder), InputFile(path="a.parquet", size_bytes=size, etag=None))
     assert isinstance(table, Table)
-    return Coverage(table).tasks()
+    return tasks_of([table], {table.path: Coverage(table)}, 100)
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def serve(root, inputs, tiny_model, monkeypatch):
     def run(tasks: queue.Queue[Any], kind: type, count: int) -> list[Any]:
         stop = threading.Event()
         events = Events(stop, kind, count)
-        for task in tasks_of(inputs):
+        for task in three_tasks(inputs):
             tasks.put((((root / "ck").as_uri(), "pieces", None), task))
         watchdog = threading.Timer(WAIT_S, stop.set)
         watchdog.daemon = True

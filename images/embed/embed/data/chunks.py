@@ -69,15 +69,13 @@ class ChunkLost(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class MissingRows:
     """The rows of one row group that have no vectors yet."""
 
     table: Table
     row_group: int
     missing: tuple[tuple[int, int], ...]
     """Half-open row ranges, in order."""
-    partials: tuple[tuple[str, str], ...] = ()
-    """Key and name of the partial chunks of its ranges."""
 
 
 class Coverage:
@@ -116,12 +114,6 @@ class Coverage:
         if position < self._table.row_group_rows[row_group]:
             gaps.append((position, self._table.row_group_rows[row_group]))
         return tuple(gaps)
-
-    def tasks(self) -> list[Task]:
-        groups = range(len(self._table.row_group_rows))
-        return [
-            Task(table=self._table, row_group=group, missing=gaps) for group in groups if (gaps := self.gaps(group))
-        ]
 
     @property
     def rows_done(self) -> int:
@@ -203,24 +195,19 @@ class Encoded:
         return int((self.status == Status.OK).sum())
 
 
-def to_bytes(encoded: Encoded, dtype: str, computed_by: Sequence[Mapping[str, Any]] = ()) -> memoryview:
-    """Arrow IPC, with the engines that computed it in the schema.
-
-    A row whose status is not OK has a null vector; values keep their order and, in float32, their bits.
-    """
+def to_batch(encoded: Encoded, dtype: str) -> pa.RecordBatch:
+    """A row whose status is not OK has a null vector; values keep their order and, in float32, their bits."""
     tokens = {} if encoded.tokens is None else encoded.tokens.columns(encoded.status != Status.OK, dtype)
-    return _ipc(encoded, dtype, tokens, computed_by)
+    return _batch(encoded, dtype, tokens)
 
 
-def partial_to_bytes(encoded: Encoded, computed_by: Sequence[Mapping[str, Any]] = ()) -> memoryview:
+def partial_batch(encoded: Encoded) -> pa.RecordBatch:
     """As computed; the stored precision is applied when the window is complete."""
-    return _ipc(encoded, "float32", {} if encoded.tokens is None else encoded.tokens.partial_columns(), computed_by)
+    return _batch(encoded, "float32", {} if encoded.tokens is None else encoded.tokens.partial_columns())
 
 
-def _ipc(
-    encoded: Encoded, dtype: str, tokens: Mapping[str, pa.Array], computed_by: Sequence[Mapping[str, Any]]
-) -> memoryview:
-    batch = pa.record_batch(
+def _batch(encoded: Encoded, dtype: str, tokens: Mapping[str, pa.Array]) -> pa.RecordBatch:
+    return pa.record_batch(
         {
             "vectors": vector_array(encoded.vectors, dtype, encoded.status != Status.OK),
             "status": pa.array(encoded.status, pa.uint8()),
@@ -229,6 +216,19 @@ def _ipc(
             **tokens,
         }
     )
+
+
+def to_bytes(encoded: Encoded, dtype: str, computed_by: Sequence[Mapping[str, Any]] = ()) -> memoryview:
+    """A chunk of a whole row range."""
+    return batch_bytes(to_batch(encoded, dtype), computed_by)
+
+
+def partial_to_bytes(encoded: Encoded, computed_by: Sequence[Mapping[str, Any]] = ()) -> memoryview:
+    return batch_bytes(partial_batch(encoded), computed_by)
+
+
+def batch_bytes(batch: pa.RecordBatch, computed_by: Sequence[Mapping[str, Any]] = ()) -> memoryview:
+    """Arrow IPC, with the engines that computed it in the schema."""
     if computed_by:
         batch = batch.replace_schema_metadata({COMPUTED_BY: json.dumps(list(computed_by), sort_keys=True)})
     sink = pa.BufferOutputStream()
@@ -249,13 +249,17 @@ def computed_by(batch: pa.RecordBatch) -> list[dict[str, Any]]:
 
 def encoded_from(data: bytes | memoryview) -> Encoded:
     """A partial chunk as the encoder left it."""
-    batch = from_bytes(data)
+    return encoded_of(from_bytes(data))
+
+
+def encoded_of(batch: pa.RecordBatch) -> Encoded:
+    """The rows of a batch as the encoder left them; a row of nulls is PENDING."""
     vectors = batch.column("vectors")
     return Encoded(
         vectors=vectors.values.to_numpy().astype(np.float32).reshape(len(vectors), -1),
-        status=batch.column("status").to_numpy().copy(),
-        n_tokens=batch.column("n_tokens").to_numpy(),
-        truncated=batch.column("truncated").to_numpy(zero_copy_only=False),
+        status=batch.column("status").fill_null(PENDING).to_numpy().copy(),
+        n_tokens=batch.column("n_tokens").fill_null(0).to_numpy(),
+        truncated=batch.column("truncated").fill_null(False).to_numpy(zero_copy_only=False),
         padded_tokens=0,
         tokens=TokenOutputs.of_partial(batch),
     )

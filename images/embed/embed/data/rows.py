@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from embed.data.chunks import RowRange, Task
+from embed.data.chunks import MissingRows
 from embed.data.files import READ_AS, file_faults
 from embed.data.identity import open_unchanged, require_same
 from embed.data.table import Table
@@ -29,15 +29,13 @@ READ_BUFFER_BYTES = 2**20
 class TextRange:
     """The text of consecutive rows of one row group."""
 
-    row_group: int
     start: int
     """First row, counted from the start of the row group."""
     texts: list[str | bytes | None]
     """bytes if a row is not UTF-8."""
-
-    @property
-    def row_range(self) -> RowRange:
-        return RowRange(row_group=self.row_group, start=self.start, rows=len(self.texts))
+    characters: int
+    raw_bytes: int
+    """As counted for the limits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +49,15 @@ class RangeLimits:
     raw_bytes: int = 16 * 2**20
 
     def rows_in(self, row_group_rows: int) -> int:
-        """At most half a row group, if half of it is enough for a batch.
+        return min(self.rows, half_of(row_group_rows))
 
-        The range being saved and the range being computed are then together at most one row group of work.
-        """
-        return min(self.rows, row_group_rows if row_group_rows < 128 else -(-row_group_rows // 2))
+
+def half_of(row_group_rows: int) -> int:
+    """Half a row group, if half of it is enough for a batch; otherwise the whole.
+
+    One half being saved and one being computed are together at most one row group of work.
+    """
+    return row_group_rows if row_group_rows < 128 else -(-row_group_rows // 2)
 
 
 def record_batches(
@@ -96,12 +98,12 @@ def record_batches(
         )
 
 
-def text_ranges(store: Store, task: Task, column: str, limits: RangeLimits) -> Iterator[TextRange]:
-    """The rows of a task, cut into text ranges. Raises DataError if the file is corrupt or was changed.
+def text_ranges(store: Store, rows: MissingRows, column: str, limits: RangeLimits) -> Iterator[TextRange]:
+    """The missing rows of a row group, cut into text ranges. Raises DataError if the file is corrupt or was changed.
 
     The row group is read to its end, even if its last rows are not missing: only then is it known to be sound.
     """
-    table, row_group, missing = task.table, task.row_group, iter(task.missing)
+    table, row_group, missing = rows.table, rows.row_group, iter(rows.missing)
     limit = limits.rows_in(table.row_group_rows[row_group])
     gap = next(missing, None)
     texts: list[str | bytes | None] = []
@@ -124,7 +126,7 @@ def text_ranges(store: Store, task: Task, column: str, limits: RangeLimits) -> I
                 is_full = len(texts) >= limit or characters >= limits.characters or raw >= limits.raw_bytes
                 if is_full or end == gap[1]:
                     require_same(file, table)  # a chunk of another text must not be saved under this identity
-                    yield TextRange(row_group=row_group, start=end - len(texts), texts=texts)
+                    yield TextRange(start=end - len(texts), texts=texts, characters=characters, raw_bytes=raw)
                     texts, characters, raw = [], 0, 0
                     if end == gap[1]:
                         gap = next(missing, None)

@@ -6,7 +6,7 @@ loads a model, `resolve` applies the settings to it.
 """
 
 from embed.data.chunks import STATUS_WORDS, Encoded, ModelInfo, Status
-from embed.model.batches import BatchDone, Stopped
+from embed.model.batches import BatchDone, BatchLimits, Stopped
 from embed.model.encoder import Encoder
 
-__all__ = ["STATUS_WORDS", "BatchDone", "Encoded", "Encoder", "ModelInfo", "Status", "Stopped"]
+__all__ = ["STATUS_WORDS", "BatchDone", "BatchLimits", "Encoded", "Encoder", "ModelInfo", "Status", "Stopped"]

@@ -23,11 +23,6 @@ GIB = 1024**3
 class Stopped(Exception):
     """`should_stop` returned true between two batches."""
 
-    def __init__(self, partial: Encoded) -> None:
-        super().__init__("stopped between two batches")
-        self.partial = partial
-        """The vectors of the finished batches; the status of the other rows is PENDING."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class BatchDone:
@@ -37,8 +32,21 @@ class BatchDone:
     """0 for a batch that is computed again."""
     tokens: int
     padded_tokens: int
-    snapshot: Callable[[], Encoded]
-    """The window so far, as in `Stopped.partial`."""
+    done: np.ndarray
+    """bool[rows]: the rows of the window that have a vector by now."""
+    snapshot: Callable[[np.ndarray], Encoded]
+    """Some rows of the window so far; the status of one without a vector is PENDING."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchLimits:
+    """What else limits the batches of a window, beside the settings."""
+
+    max_rows: int = 0
+    """0 sets no limit."""
+    has_room: Callable[[int], bool] = lambda _: True
+    """Asked before each batch with the number of rows that would be in flight. If it is False, the batches in flight
+    are finished first."""
 
 
 def longest_first(lengths: np.ndarray, rows: np.ndarray) -> np.ndarray:

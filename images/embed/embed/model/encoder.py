@@ -22,7 +22,7 @@ from embed.data.chunks import PENDING, Encoded, ModelInfo, Status
 from embed.data.passages import Passages
 from embed.data.token_outputs import TokenOutputs
 from embed.model import heads, loading, resolve, samples
-from embed.model.batches import BatchDone, Stopped, default_token_budget, pack
+from embed.model.batches import BatchDone, BatchLimits, Stopped, default_token_budget, pack
 from embed.model.engines import Engines
 from embed.model.forward import Engine, InFlight, cpu_name, is_out_of_memory, products_of
 from embed.model.openvino import EngineError
@@ -47,8 +47,9 @@ class _Work:
     done: np.ndarray
     """bool[rows]: the row has a valid vector."""
     tokens: TokenOutputs | None
-    snapshot: Callable[[], Encoded]
+    snapshot: Callable[[np.ndarray], Encoded]
     on_batch: Callable[[BatchDone], None]
+    limits: BatchLimits
 
 
 class Encoder:
@@ -180,12 +181,15 @@ class Encoder:
         should_stop: Callable[[], bool] = lambda: False,
         on_batch: Callable[[BatchDone], None] = lambda _: None,
         prior: Encoded | None = None,
+        not_needed: np.ndarray | None = None,
+        limits: BatchLimits = BatchLimits(),  # noqa: B008 - frozen
     ) -> Encoded:
         """The window's vectors: longest rows first, every vector checked, invalid ones computed again in float32.
 
-        On a CPU the same window gives the same bits. `prior` is what an earlier attempt had of it: its batches are the
-        same, and those it finished are not computed again. Raises Stopped between batches, and DataError if a single
-        row does not fit in memory.
+        On a CPU the same window gives the same bits. `prior` is what an earlier attempt had of it, and the rows of the
+        mask `not_needed` have their vectors elsewhere: the batches are the same, those with nothing missing are not
+        computed, and vectors of `prior` keep their bits. Raises Stopped between batches, and DataError if a single row
+        does not fit in memory.
         """
         vectors = np.zeros((len(window.status), self.dimensions), np.float32)
         done = np.zeros(len(window.status), bool)
@@ -195,20 +199,30 @@ class Encoder:
             vectors[done] = prior.vectors[done]
             if tokens is not None and prior.tokens is not None:
                 tokens.put_rows_of(prior.tokens, np.flatnonzero(done))
+        if not_needed is not None:
+            done |= not_needed
         rows = np.flatnonzero(window.status == Status.OK)
 
-        def snapshot() -> Encoded:
-            status = np.where((window.status == Status.OK) & ~done, PENDING, window.status).astype(np.uint8)
+        def snapshot(rows: np.ndarray) -> Encoded:
+            status, is_done = window.status[rows], done[rows]
             return Encoded(
-                vectors=np.where(done[:, None], vectors, 0),
-                status=status,
-                n_tokens=window.n_tokens,
-                truncated=window.truncated,
+                vectors=np.where(is_done[:, None], vectors[rows], 0),
+                status=np.where((status == Status.OK) & ~is_done, PENDING, status).astype(np.uint8),
+                n_tokens=window.n_tokens[rows],
+                truncated=window.truncated[rows],
                 padded_tokens=0,
-                tokens=tokens and tokens.only(done),
+                tokens=tokens and tokens.of(rows).only(is_done),
             )
 
-        work = _Work(window=window, vectors=vectors, done=done, tokens=tokens, snapshot=snapshot, on_batch=on_batch)
+        work = _Work(
+            window=window,
+            vectors=vectors,
+            done=done,
+            tokens=tokens,
+            snapshot=snapshot,
+            on_batch=on_batch,
+            limits=limits,
+        )
         invalid, padded_tokens = self._encode_rows(self._engine, work, rows, should_stop)
         if len(invalid) and not self._engine.is_exact:
             # Half precision overflows on some texts with some models. Only these rows are computed again.
@@ -230,8 +244,9 @@ class Encoder:
         self, engine: Engine, work: _Work, rows: np.ndarray, should_stop: Callable[[], bool], *, is_again: bool = False
     ) -> tuple[np.ndarray, int]:
         """Fill work.vectors[rows]. Returns the rows whose vector is invalid, and the padded tokens computed."""
-        window, done = work.window, work.done
-        batches = pack(window.n_tokens, rows, lambda: engine.token_budget, self.config.batch_size, engine.multiple)
+        window, done, has_room = work.window, work.done, work.limits.has_room
+        max_rows = min(filter(None, (self.config.batch_size, work.limits.max_rows)), default=0)
+        batches = pack(window.n_tokens, rows, lambda: engine.token_budget, max_rows, engine.multiple)
         halves: list[np.ndarray] = []  # of batches that did not fit in memory
         invalid: list[np.ndarray] = []
         padded_tokens = 0
@@ -239,16 +254,23 @@ class Encoder:
 
         def finish_oldest() -> int:
             batch = in_flight.popleft()
-            work.vectors[batch.rows] = computed = _vectors_of(engine, batch)
+            computed, is_fresh = _vectors_of(engine, batch), ~done[batch.rows]
             is_invalid = engine.invalid(computed)
             if work.tokens is not None and batch.tokens is not None:
                 is_invalid |= batch.tokens.put_into(work.tokens, batch.rows)
             invalid.append(batch.rows[is_invalid])
-            fresh = batch.rows[:0] if is_again else batch.rows[~done[batch.rows]]
+            work.vectors[batch.rows[is_fresh]] = computed[is_fresh]
+            fresh = batch.rows[:0] if is_again else batch.rows[is_fresh]
             done[batch.rows[~is_invalid]] = True
             tokens = int(window.n_tokens[fresh].sum())
             work.on_batch(
-                BatchDone(rows=len(fresh), tokens=tokens, padded_tokens=batch.padded_tokens, snapshot=work.snapshot)
+                BatchDone(
+                    rows=len(fresh),
+                    tokens=tokens,
+                    padded_tokens=batch.padded_tokens,
+                    done=done,
+                    snapshot=work.snapshot,
+                )
             )
             return batch.padded_tokens
 
@@ -259,7 +281,9 @@ class Encoder:
                 if should_stop():
                     while in_flight:
                         finish_oldest()
-                    raise Stopped(work.snapshot())
+                    raise Stopped
+                while not has_room(sum(len(each.rows) for each in in_flight) + len(batch)) and in_flight:
+                    padded_tokens += finish_oldest()
                 if (launched := self._launch(engine, window, batch)) is not None:
                     in_flight.append(launched)
                 while len(in_flight) >= (engine.depth if launched is not None else 1):
