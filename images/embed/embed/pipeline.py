@@ -1,8 +1,8 @@
-"""One worker's pipeline: row ranges in, durable chunks of vectors out, with reading, computing and saving overlapped.
+"""One worker's pipeline: rows in, durable chunks of vectors out, with reading, computing and saving overlapped.
 
-    reader thread            this thread            saver thread
-    read rows, tokenise  ->  forward on the device  ->  fsync the chunk
-    two windows ahead,                               one chunk behind
+    reader thread            this thread            saver threads
+    read rows, tokenise  ->  forward on the device  ->  fsync the finished rows
+    two windows ahead,
     over tasks and files
 
 What a kill costs is bounded in `saving`.

@@ -52,7 +52,7 @@ class InProcess:
 
 
 class MultiProcess:
-    """One process per device, each with its own model. A process takes the next row group as soon as it has room for
+    """One process per device, each with its own model. A process takes the next task as soon as it has room for
     more windows, and computes without a pause between two."""
 
     def __init__(
