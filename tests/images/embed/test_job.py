@@ -270,15 +270,15 @@ def test_a_stop_saves_finished_work_and_the_next_run_resumes(root, inputs, tiny_
     from embed.model import Encoder
 
     stop, calls = Stop(), []
-    original = Encoder.encode
+    original = Encoder._launch
 
-    def encode(self, *arguments):
+    def launch(self, *arguments):
         calls.append(1)
         if len(calls) == 5:
             stop.request("SIGTERM", signum=15)
         return original(self, *arguments)
 
-    monkeypatch.setattr(Encoder, "encode", encode)
+    monkeypatch.setattr(Encoder, "_launch", launch)
     with pytest.raises(Interrupted, match="rows are saved") as stopped:
         embed(EmbedConfig(model=str(tiny_model)), Job.read(), stop)
     assert stopped.value.exit_code == 143
@@ -373,10 +373,10 @@ def test_two_workers_write_the_same_bytes_as_one_with_as_many_threads_each(root,
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        run(tiny_model, output_path=str(root / "solo"), checkpoint_path=str(root / "ck1"))
+        run(tiny_model, engine="torch", output_path=str(root / "solo"), checkpoint_path=str(root / "ck1"))
     finally:
         torch.set_num_threads(threads)
-    results = run(tiny_model, workers=2)
+    results = run(tiny_model, engine="torch", workers=2)
     assert results["rows"]["computed_in_this_attempt"] == results["rows"]["total"]
     assert results["stages"]["compute"]["busy_s"] > 0
     assert compare(root / "solo", root / "output/data") == []

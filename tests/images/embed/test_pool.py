@@ -69,7 +69,7 @@ def serve(root, inputs, tiny_model, monkeypatch):
         watchdog = threading.Timer(WAIT_S, stop.set)
         watchdog.daemon = True
         watchdog.start()
-        pool._serve(0, 1, EmbedConfig(model=str(tiny_model), device="cpu"), str(inputs), tasks, events, stop)
+        pool._serve(0, 1, EmbedConfig(model=str(tiny_model), device="cpu"), str(inputs), (), tasks, events, stop)
         assert watchdog.is_alive(), "the worker did not end by itself"
         watchdog.cancel()
         return events

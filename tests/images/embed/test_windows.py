@@ -244,10 +244,10 @@ def test_two_workers_share_small_files_and_end_with_the_bytes_of_one(root, input
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        run(tiny_model, output_path=str(root / "solo"), checkpoint_path=str(root / "ck1"))
+        run(tiny_model, engine="torch", output_path=str(root / "solo"), checkpoint_path=str(root / "ck1"))
     finally:
         torch.set_num_threads(threads)
-    results = run(tiny_model, workers=2)
+    results = run(tiny_model, engine="torch", workers=2)
     assert results["rows"]["computed_in_this_attempt"] == 3000
     assert compare(root / "solo", root / "output/data") == []
     assert not list((root / "checkpoints").rglob("*-partial.*.piece"))
