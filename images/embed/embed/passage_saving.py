@@ -1,4 +1,4 @@
-"""Saving with `--chunk`: a window holds passages of one row range, and a range with very long texts has several windows.
+"""Saving with `--chunk`: a window holds passages of one row range, and a range of very long texts has several windows.
 
 The finished passages of a window are saved as one partial chunk, again and again. A range is saved when its last window
 is computed.
@@ -60,9 +60,7 @@ class PassageSaver(Saver):
         self._resumed += passages.rows_done(prior_rows)
         if passages.is_last:
             self.wait()
-            self._saving = self._thread.submit(
-                self._save_range, item, encoded, engines, self._computed, self._resumed
-            )
+            self._saving = self._thread.submit(self._save_range, item, encoded, engines, self._computed, self._resumed)
             self._computed = self._resumed = 0
         else:
             self.wait()
@@ -150,9 +148,7 @@ class _Watch:
         rows_done = _passages_of(self.item).rows_done
         rows = rows_done(self.resumed + self.computed) - rows_done(self.resumed)
         more, self.rows = rows - self.rows, rows
-        self.emit(
-            RowsComputed(path=self.item.path, rows=more, tokens=batch.tokens, padded_tokens=batch.padded_tokens)
-        )
+        self.emit(RowsComputed(path=self.item.path, rows=more, tokens=batch.tokens, padded_tokens=batch.padded_tokens))
         now = time.monotonic()
         if now - self.saved_at >= saving.PARTIAL_S:
             self.saver.save_snapshot(self.item, self.snapshot(), self.engines)

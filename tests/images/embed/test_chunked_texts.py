@@ -230,9 +230,7 @@ def test_a_job_that_is_killed_again_and_again_ends_with_the_same_bytes(
     for count in (2, 5, 12, 24):
         with monkeypatch.context() as patched:
             patched.setattr(saving, "PARTIAL_S", 0.0)
-            patched.setattr(
-                pipeline._Saver, "close", lambda saver: saver._thread.shutdown(wait=True)
-            )  # no process dies
+            patched.setattr(saving.Saver, "close", lambda saver: saver._thread.shutdown(wait=True))  # no process dies
             after_batches(patched, count, kill)
             try:
                 run(tiny_model, **options)

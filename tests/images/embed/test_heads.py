@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from test_partial_chunks import Killed, after_batches, engines_of
 from whole_job import outputs, run, write
 
-from embed import pipeline
+from embed import saving
+from embed.data import windows
 from embed.config import EmbedConfig
 from embed.data.chunks import ModelInfo
 from embed.data.token_outputs import TokenOutputs
@@ -175,7 +176,7 @@ def test_a_kill_or_a_stop_in_the_middle_of_a_row_range_ends_with_the_same_bytes(
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "PARTIAL_S", 0.0)
+        patched.setattr(saving, "PARTIAL_S", 0.0)
         after_batches(patched, 4, kill)
         with pytest.raises(Killed):
             run(m3, **options)
@@ -260,7 +261,7 @@ def test_token_vectors_can_be_binary(root, inputs, m3):
 
 def test_row_ranges_are_smaller_where_each_token_has_a_vector(root, inputs, m3, monkeypatch):
     many_rows(inputs)
-    monkeypatch.setattr(pipeline, "CPU_TOKEN_VECTOR_BYTES", 1000 * 4 * bge_m3.TOKEN_WIDTH)
+    monkeypatch.setattr(windows, "CPU_TOKEN_VECTOR_BYTES", 1000 * 4 * bge_m3.TOKEN_WIDTH)
     few = run(m3, sparse=True)["checkpoint"]["pieces_saved"]
     many = run(m3, multi_vector=True)["checkpoint"]["pieces_saved"]
     assert few == 2 and many > 10

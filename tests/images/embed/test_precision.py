@@ -16,7 +16,7 @@ from test_partial_chunks import Killed, after_batches
 from whole_job import outputs, run, write
 
 import embed
-from embed import pipeline
+from embed import saving
 from embed.artifacts.outputs import writer_options
 from embed.config import EmbedConfig
 from embed.data.chunks import Encoded, Status, from_bytes, partial_to_bytes, to_bytes
@@ -134,7 +134,7 @@ def test_a_killed_job_ends_with_the_same_bytes_in_each_precision(root, inputs, t
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "PARTIAL_S", 0.0)
+        patched.setattr(saving, "PARTIAL_S", 0.0)
         after_batches(patched, 5, kill)
         with pytest.raises(Killed):
             run(tiny_model, **options)

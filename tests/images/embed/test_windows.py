@@ -19,12 +19,13 @@ from test_data import inspected
 from whole_job import outputs, run, write
 
 from embed.data import windows
-from embed.data.chunks import PENDING, Coverage, Encoded, RowRange, file_key, partial_key_of, to_batch, to_bytes
+from embed.data.chunks import PENDING, Coverage, Encoded, RowRange, file_key, partial_key_of, to_bytes
 from embed.data.rows import RangeLimits
 from embed.data.table import Table
 from embed.data.windows import tasks_of, text_windows, window_rows
 from embed.events import FileBroken
 from embed.model import Encoder
+from embed.saving import Saver
 from embed.state import JobState
 from estiba.checkpoint import ChunkStore
 from estiba.errors import DataError, StoreError
@@ -152,6 +153,8 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, batch: int, slow_s: float = 0.0) ->
     monkeypatch.setattr(Encoder, "_launch", launched)
     monkeypatch.setattr(ChunkStore, "commit", committed)
     monkeypatch.setattr(ChunkStore, "drop", dropped)
+    # No process dies, so the thread has to end before the job is run again.
+    monkeypatch.setattr(Saver, "close", lambda saver: saver._thread.shutdown(wait=True))
     return sizes
 
 
@@ -274,7 +277,7 @@ def test_partial_chunks_of_earlier_versions_are_used(root, inputs, tiny_model, m
     def opened(self, tables, threads):
         (table,) = tables
         key = partial_key_of(file_key(table), RowRange(row_group=0, start=0, rows=20))
-        self.chunks.commit(key, to_bytes(to_batch(old, "float32")))
+        self.chunks.commit(key, to_bytes(old, "float32"))
         original(self, tables, threads)
 
     monkeypatch.setattr(JobState, "open", opened)
