@@ -18,8 +18,8 @@ from test_partial_chunks import Killed, after_batches, engines_of
 from whole_job import outputs, run, write
 
 from embed import saving
-from embed.data import windows
 from embed.config import EmbedConfig
+from embed.data import windows
 from embed.data.chunks import ModelInfo
 from embed.data.token_outputs import TokenOutputs
 from embed.job import chunks_identity, embed, output_identity
