@@ -71,9 +71,13 @@ class Partial:
 
     @property
     def places(self) -> Places:
-        places = pa.table(self.batch.select(PLACE)).group_by(["file", "row_group"]).aggregate([("row", "list")])
-        rows = {(item["file"], item["row_group"]): np.array(item["row_list"]) for item in places.to_pylist()}
-        return Places(rows=rows)
+        files, row_groups, rows = (self.batch.column(name).to_numpy(zero_copy_only=False) for name in PLACE)
+        return Places(
+            rows={
+                (file, row_group): rows[(files == file) & (row_groups == row_group)]
+                for file, row_group in set(zip(files, row_groups.tolist(), strict=True))
+            }
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
