@@ -75,7 +75,7 @@ class Partial:
         return Places(
             rows={
                 (file, row_group): rows[(files == file) & (row_groups == row_group)]
-                for file, row_group in set(zip(files, row_groups.tolist(), strict=True))
+                for file, row_group in set(zip(files, row_groups, strict=True))
             }
         )
 

@@ -60,16 +60,6 @@ class TokenOutputs:
             vectors=None if self.vectors is None else self.vectors[at],
         )
 
-    def of(self, rows: np.ndarray) -> TokenOutputs:
-        """A copy of some rows."""
-        at = self._tokens_of(rows)
-        return TokenOutputs(
-            starts=_starts(np.diff(self.starts)[rows]),
-            ids=self.ids[at],
-            weights=None if self.weights is None else self.weights[at],
-            vectors=None if self.vectors is None else self.vectors[at],
-        )
-
     def only(self, is_kept: np.ndarray) -> TokenOutputs:
         """A copy in which the rows that are not kept have no tokens."""
         of_token = np.repeat(is_kept, np.diff(self.starts))

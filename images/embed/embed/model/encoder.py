@@ -211,7 +211,7 @@ class Encoder:
                 n_tokens=window.n_tokens[rows],
                 truncated=window.truncated[rows],
                 padded_tokens=0,
-                tokens=tokens and tokens.of(rows).only(is_done),
+                tokens=tokens and tokens.of_rows(rows).only(is_done),
             )
 
         work = _Work(
