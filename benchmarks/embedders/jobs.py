@@ -65,10 +65,8 @@ def whole_jobs(place: Path, corpus: Corpus, model: Path, threads: int) -> dict[s
 def first_batch(place: Path, corpus: Corpus, model: Path, threads: int, rounds: int) -> dict[str, Any]:
     """From the start of Python until eight texts have vectors; the conversion is in the cache."""
     command = [sys.executable, str(WORKERS / "first_batch.py"), str(model), str(corpus.files[0])]
-    seconds = [
-        measured(command, environ_of(place, threads), place / "first_batch.log")["wall_s"] for _ in range(rounds)
-    ]
-    return {"median_s": statistics.median(seconds), "seconds": seconds}
+    found = [measured(command, environ_of(place, threads), place / "first_batch.log") for _ in range(rounds)]
+    return {"median_s": statistics.median(each["wall_s"] for each in found), "rounds": found}
 
 
 def memory(place: Path, documents: list[list[str]], model: Path, threads: int, rows: int) -> dict[str, Any]:

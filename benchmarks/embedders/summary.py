@@ -104,5 +104,10 @@ def shares(workers: Sequence[Worker], corpus: Corpus) -> dict[str, dict[str, Any
         if alone is not None:
             share = paired(rates_of(worker, corpus), rates_of(alone, corpus))
             gflops = statistics.median(rates_of(alone, corpus)) * alone.about["flops_per_token"] / 1e9
-            found[worker.peer.name] = {"share": share["ratio"], "range": share["range"], "gflops": round(gflops, 1)}
+            found[worker.peer.name] = {
+                "share": share["ratio"],
+                "range": share["range"],
+                "cpu_share": paired(rates_of(worker, corpus, "cpu_s"), rates_of(alone, corpus, "cpu_s"))["ratio"],
+                "gflops": round(gflops, 1),
+            }
     return found
