@@ -20,7 +20,12 @@ def build(folder: Path, *, max_length: int = 256) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     tokenizer.train_from_iterator(
-        [" ".join(WORDS), "abcdefghijklmnopqrstuvwxyzáéíóúñ"],
+        # Numbers make texts different, so they need tokens of their own.
+        [
+            " ".join(WORDS),
+            "abcdefghijklmnopqrstuvwxyzáéíóúñ",
+            " ".join(f"{digit} {digit}{digit}" for digit in range(10)),
+        ],
         trainers.WordPieceTrainer(vocab_size=400, special_tokens=special),
     )
     tokenizer.post_processor = processors.TemplateProcessing(
