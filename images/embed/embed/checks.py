@@ -30,11 +30,13 @@ def locations_of(config: EmbedConfig) -> dict[str, str]:
     locations = {"--input-path": config.input_path, "--output-path": config.output_path}
     if not config.no_checkpoint:
         locations["--checkpoint-path"] = config.checkpoint_path
+    if config.reuse is not None:
+        locations["--reuse"] = config.reuse
     return locations
 
 
 def check_locations(config: EmbedConfig) -> None:
-    """Raise ConfigError if one of the job's locations contains another, so that it would read its own output."""
+    """Raise ConfigError if one of the job's locations contains another, so that it would read what it writes."""
     for (flag, first), (other_flag, second) in combinations(locations_of(config).items(), 2):
         a, b = _comparable(first), _comparable(second)
         if _contains(a, b) or _contains(b, a):

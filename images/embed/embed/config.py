@@ -28,6 +28,10 @@ class EmbedConfig(Config):
     checkpoint_every: Annotated[int, Field(ge=1)] = 5
     """Finished files between two updates of the ledger. Chunks are always durable at once."""
 
+    reuse: str | None = None
+    """Outputs of an earlier run, a directory or s3:// prefix: a row that the model reads as one of theirs gets that
+    row's vector, and is not computed. Their settings must be those of this job."""
+
     model: str = "pablosi/bge-m3-trained-2"
     """Sentence-transformers model: a directory, an s3:// prefix, or a name on the model hub."""
     revision: str | None = None
@@ -111,11 +115,12 @@ class EmbedConfig(Config):
         return {**values, "checkpoint_path": f"{output.rstrip('/')}-checkpoints"}
 
     @field_validator(
-        "input_path", "output_path", "checkpoint_path", "model", "text_column", "embedding_column", "status_column"
-    )
+        "input_path", "output_path", "checkpoint_path", "reuse", "model", "text_column", "embedding_column",
+        "status_column",
+    )  # fmt: skip
     @classmethod
-    def _not_empty(cls, value: str) -> str:
-        if not value.strip():
+    def _not_empty(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
             raise ValueError("is empty")
         return value
 
@@ -128,9 +133,11 @@ class EmbedConfig(Config):
             raise ValueError(f"names {twice!r} twice; name each column once")
         return value
 
-    @field_validator("input_path", "output_path", "checkpoint_path", "model")
+    @field_validator("input_path", "output_path", "checkpoint_path", "reuse", "model")
     @classmethod
-    def _whole_address(cls, value: str) -> str:
+    def _whole_address(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
         if "\0" in value:
             raise ValueError("holds a NUL character, which no path has")
         if match := re.match(r"(s3|s3a|s3n|file)(?::|(?=//))/*(.*)", value, re.IGNORECASE):
@@ -172,6 +179,16 @@ class EmbedConfig(Config):
             raise ValueError(
                 "--embedding-dtype int8 keeps the direction of a vector and not its length, which --normalize false "
                 "asks for; pass --embedding-dtype float16, or leave out --normalize false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _reuse_of_vectors_of_whole_texts(self) -> EmbedConfig:
+        if self.reuse is not None and (self.sparse or self.multi_vector):
+            raise ValueError("--reuse takes dense vectors only; leave out --sparse and --multi-vector, or --reuse")
+        if self.reuse is not None and self.chunk is not None:
+            raise ValueError(
+                "--reuse takes the vectors of whole texts, and --chunk cuts them; leave out one of the two"
             )
         return self
 

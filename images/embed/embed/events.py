@@ -19,6 +19,10 @@ class ChunkSaved:
     """Rows of a partial chunk of an earlier attempt."""
     rest: int
     """Rows that were neither in a batch nor resumed, such as empty ones."""
+    copied: int = 0
+    """Those of the rest that have the vector of an earlier row with the same tokens."""
+    reused: int = 0
+    """Those of the rest that have a vector of an earlier run."""
     parts: tuple[tuple[str, str], ...] = ()
     """Key and name of the chunks that hold the earlier parts of the range, if it has several."""
 

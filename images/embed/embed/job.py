@@ -21,6 +21,7 @@ import xxhash
 
 from embed.artifacts import stale
 from embed.artifacts.metrics import metrics_writer, write_last
+from embed.artifacts.old_outputs import OldOutputs, find_old_outputs
 from embed.artifacts.outputs import added_columns, kept_columns, why_not_named, why_not_writable
 from embed.artifacts.results import results_of
 from embed.artifacts.stale import OldOutput
@@ -66,6 +67,7 @@ def embed(config: EmbedConfig, job: Job, stop: Stop) -> None:
     if not config.no_checkpoint:
         check_writable(open_store(config.checkpoint_path), CHECKPOINT_FLAG)
     found = stop.unless_stopped(lambda: list_input(config, job, target), NOTHING_COMPUTED)
+    old_run = stop.unless_stopped(lambda: find_old_outputs(config), NOTHING_COMPUTED)
     from embed.pool import start_pool  # imports torch, which takes seconds; mistakes above are reported at once
 
     with checkpoint_store(config, job) as (saved, is_resumed):
@@ -77,6 +79,8 @@ def embed(config: EmbedConfig, job: Job, stop: Stop) -> None:
             raise ConfigError(str(error).replace(location, config.model)) from error
         loaded = time.monotonic()
         try:
+            if old_run is not None:
+                old_run.refuse_other_settings(config, pool.model.identity)
             state = open_state(config, job, pool.model, found.store, target, saved, found.tables, list(found.bad))
             old = old_outputs(config, job, state, pool.model, found)
             model = f"{pool.model.dimensions} dimensions, {pool.model.dtype} on {pool.model.device} "
@@ -84,7 +88,7 @@ def embed(config: EmbedConfig, job: Job, stop: Stop) -> None:
             model += f"--batch-size {config.batch_size}: {batches_of(config, pool.model)}"
             logger.info(state.summary(found.ignored, is_resumed, model))
             metrics = metrics_writer(config, job, saved)
-            compute(state, pool, metrics, stop)
+            compute(state, pool, metrics, stop, old_run)
             computed = time.monotonic()
         finally:
             pool.close()
@@ -231,6 +235,7 @@ def open_state(
             "estiba": __version__,
             "output_id": output_identity(config, chunks_id),
             "text_column": config.text_column,
+            "embedding_column": config.embedding_column,
             "embedding_dtype": config.embedding_dtype,
             **decoding(config.embedding_dtype),
             **model.identity,
@@ -298,14 +303,23 @@ def _digest(parts: Mapping[str, object]) -> str:
 # --- during --------------------------------------------------------------------------------------------------------
 
 
-def compute(state: JobState, pool: InProcess | MultiProcess, metrics: MetricsWriter | None, stop: Stop) -> None:
+def compute(
+    state: JobState,
+    pool: InProcess | MultiProcess,
+    metrics: MetricsWriter | None,
+    stop: Stop,
+    old_run: OldOutputs | None = None,
+) -> None:
     """Work until every file is joined or bad. Raises Interrupted on a stop; the ledger is written in any case."""
     progress = Progress(total=state.rows_total, unit="rows", done=state.rows_saved, metrics=metrics)
     state.progress = progress
     try:
         for _ in range(PASSES):
             earlier = state.computed_by() if state.config.engine == "auto" else None
-            if tasks := state.tasks():
+            tasks = state.tasks()
+            if tasks and old_run is not None:
+                pool.read_old_outputs(old_run, stop)
+            if tasks and not stop():
                 pool.run(tasks, state.chunks, state.on_event, lambda: stop() or state.error is not None, earlier)
             state.join(stop)
             if stop():

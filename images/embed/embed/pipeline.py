@@ -21,6 +21,7 @@ import numpy as np
 
 from embed.config import EmbedConfig
 from embed.data.chunks import Status
+from embed.data.known_vectors import KnownVectors
 from embed.data.passages import Passages
 from embed.data.rows import half_of
 from embed.data.table import Table
@@ -61,11 +62,13 @@ class Pipeline:
         emit: Callable[[Event], None],
         should_stop: Callable[[], bool],
         earlier: Mapping[str, Any] | None = None,
+        known: KnownVectors | None = None,
     ) -> None:
         """Compute and save every task's rows. `emit` is called from other threads.
 
         `tasks` is read in a thread, a few windows ahead, so it may wait for its next task while others are computed.
-        `earlier` is what computed the rows of an earlier attempt; it is used where it runs.
+        `earlier` is what computed the rows of an earlier attempt; it is used where it runs. Rows with a `known` vector
+        get that one.
         Returns early when `should_stop` returns true. Re-raises an error of a thread.
         """
         if earlier is not None:
@@ -92,7 +95,7 @@ class Pipeline:
                     if path not in (None, item.path):
                         self.encoder.trim()
                     path = item.path
-                    if not self._compute(item, saver, emit, should_stop, times):
+                    if not self._compute(item, saver, emit, should_stop, times, known):
                         break
                 saver.wait()
         finally:
@@ -105,6 +108,7 @@ class Pipeline:
         emit: Callable[[Event], None],
         should_stop: Callable[[], bool],
         times: StageTimes,
+        known: KnownVectors | None,
     ) -> bool:
         """Compute a window and save it. Returns False, with its finished batches saved, if the job should stop."""
         self.encoder.choose_engine(item.window)
@@ -118,13 +122,20 @@ class Pipeline:
         limits = BatchLimits(max_rows=half_of(item.largest_row_group), has_room=watch.has_room)
         try:
             with times.measure(COMPUTE):
-                encoded = self.encoder.encode(item.window, should_stop, watch.on_batch, prior.encoded, is_saved, limits)
+                encoded = self.encoder.encode(
+                    item.window, should_stop, watch.on_batch, prior.encoded, is_saved, limits, known
+                )
         except Stopped:
             saver.wait()
             watch.save_partial()
             return False
         engines = [found + [engine] * (engine not in found) for found in prior.engines]
-        saver.save(item, encoded, engines, [int(resumed[part.rows].sum()) for part in item.parts])
+        if known is not None:
+            for index, part in enumerate(item.parts):
+                reused = encoded.origins_in(part.rows).get("reused", 0)
+                are_all = reused == (item.window.status[part.rows] == Status.OK).sum()
+                engines[index] = [known.computed_by] * bool(reused) + engines[index] * (not (reused and are_all))
+        saver.save(item, encoded, engines, resumed)
         return True
 
     def _windows(

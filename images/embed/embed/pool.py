@@ -16,12 +16,15 @@ from typing import Any
 
 import torch
 
+from embed.artifacts.old_outputs import OldOutputs
 from embed.config import EmbedConfig
 from embed.data.chunks import ModelInfo
+from embed.data.known_vectors import KnownFile, KnownVectors, KnownVectorsWriter
 from embed.data.windows import Task
 from embed.events import Event, TaskDone
 from embed.model import Encoder
 from embed.pipeline import Pipeline
+from embed.reuse import read_old_outputs
 from embed.state import NOTHING_COMPUTED
 from estiba.checkpoint import ChunkStore
 from estiba.errors import EstibaError
@@ -45,7 +48,26 @@ class InProcess:
         limit_threads(1)
         encoder = stop.unless_stopped(lambda: Encoder(config, first_texts), NOTHING_COMPUTED)
         self.model = encoder.info
-        self.run = Pipeline(config=config, encoder=encoder, source=open_store(input_location)).run
+        self._pipeline = Pipeline(config=config, encoder=encoder, source=open_store(input_location))
+        self._known: KnownVectors | None = None
+
+    def read_old_outputs(self, old: OldOutputs, should_stop: Callable[[], bool]) -> None:
+        """Read the vectors that `run` will reuse, unless they are read. Returns early when it should stop."""
+        if self._known is None:
+            writer = KnownVectorsWriter(old.dimensions, old.dtype)
+            known = read_old_outputs(old, self._pipeline.encoder, writer, should_stop)
+            self._known = None if known is None else KnownVectors(known)
+
+    def run(
+        self,
+        tasks: Sequence[Task],
+        chunks: ChunkStore,
+        emit: Callable[[Event], None],
+        should_stop: Callable[[], bool],
+        earlier: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Compute the tasks. `emit` is called from other threads."""
+        self._pipeline.run(tasks, chunks, emit, should_stop, earlier, self._known)
 
     def close(self) -> None:
         pass
@@ -93,6 +115,13 @@ class MultiProcess:
                 self.close()
                 raise stop.interrupted(NOTHING_COMPUTED)
             self.model: ModelInfo = model
+        self._known: KnownFile | None = None
+
+    def read_old_outputs(self, old: OldOutputs, should_stop: Callable[[], bool]) -> None:
+        """Have a worker read the vectors that all workers will reuse, unless they are read."""
+        if self._known is None:
+            self._tasks.put(old)
+            self._known = self._next_event(should_stop)
 
     def run(
         self,
@@ -104,7 +133,7 @@ class MultiProcess:
     ) -> None:
         """Compute the tasks. `emit` is called from this thread."""
         for task in tasks:
-            self._tasks.put(((chunks.store.url, chunks.prefix, earlier), task))
+            self._tasks.put(((chunks.store.url, chunks.prefix, earlier, self._known), task))
         remaining = len(tasks)
         while remaining:
             event = self._next_event(should_stop)
@@ -169,12 +198,18 @@ def _serve(
         pipeline = Pipeline(config=config, encoder=encoder, source=open_store(input_location))
         received = _received(tasks, stop)
         first = next(received, None)
+        if isinstance(first, OldOutputs):
+            writer = KnownVectorsWriter(first.dimensions, first.dtype)  # open until this process ends: all read it
+            events.put(read_old_outputs(first, encoder, writer, stop.is_set))
+            first = next(received, None)
         if first is None:
             return
-        (url, prefix, earlier), _ = first
+        (url, prefix, earlier, known_file), _ = first
+        known = None if known_file is None else KnownVectors(known_file)
         # One pipeline for all tasks: it reads the next one while a task is computed and saved.
         all_tasks = (task for _, task in itertools.chain([first], received))
-        pipeline.run(all_tasks, ChunkStore(open_store(url), prefix, listed=False), events.put, stop.is_set, earlier)
+        chunks = ChunkStore(open_store(url), prefix, listed=False)
+        pipeline.run(all_tasks, chunks, events.put, stop.is_set, earlier, known)
     except Exception as error:
         is_reportable = isinstance(error, EstibaError)
         try:
@@ -184,10 +219,11 @@ def _serve(
             events.join_thread()
 
 
-def _received(tasks: Any, stop: Any) -> Iterator[tuple[tuple[str, str, Mapping[str, Any] | None], Task]]:
-    """What the main process sends, until it says stop: a task, and with it the same three things each time.
+def _received(tasks: Any, stop: Any) -> Iterator[Any]:
+    """What the main process sends, until it says stop: a task, and with it the same four things each time.
 
-    They are the address and prefix of the chunks, and what computed the rows of an earlier attempt.
+    They are the address and prefix of the chunks, what computed the rows of an earlier attempt, and the vectors to
+    reuse. One worker gets the old outputs before, which it reads for all.
     """
     while not stop.is_set():
         with contextlib.suppress(queue.Empty):

@@ -82,8 +82,8 @@ class Saver:
     def add_finished(self, rows: int) -> None:
         self._finished += rows
 
-    def save(self, item: WorkWindow, encoded: Encoded, engines: Sequence[Engines], resumed: Sequence[int]) -> None:
-        """Save the chunks of a whole window, in place of its partial ones."""
+    def save(self, item: WorkWindow, encoded: Encoded, engines: Sequence[Engines], resumed: np.ndarray) -> None:
+        """Save the chunks of a whole window, in place of its partial ones. `resumed` is a mask of its rows."""
         self.wait()
         partials, self._partials = self._partials, []
         self._saving = self._thread.submit(self._save, item, encoded, engines, resumed, partials, self._finished)
@@ -135,29 +135,34 @@ class Saver:
         item: WorkWindow,
         encoded: Encoded,
         engines: Sequence[Engines],
-        resumed: Sequence[int],
+        resumed: np.ndarray,
         partials: list[str],
         finished: int,
     ) -> None:
         batch = to_batch(encoded, self._dtype)
 
         def commit(part: Part, computed_by: Engines) -> tuple[str, int]:
-            data = batch_bytes(batch.slice(part.offset, part.row_range.rows), computed_by)
+            origins = encoded.origins_in(part.rows)
+            data = batch_bytes(batch.slice(part.offset, part.row_range.rows), computed_by, origins)
             return self._chunks.commit(key_of(file_key(part.table), part.row_range), data), len(data)
 
         with self._times.measure(SAVE):
             saved = list(self._writers.map(commit, item.parts, engines))
             self._durable = finished
-        for part, (name, size_bytes), rows in zip(item.parts, saved, resumed, strict=True):
+        for part, (name, size_bytes) in zip(item.parts, saved, strict=True):
             has_text = item.window.status[part.rows] == Status.OK
+            # An attempt with other settings may have computed rows that are copied or reused now.
+            taken = encoded.origins_in(part.rows, ~resumed[part.rows])
             self._emit(
                 ChunkSaved(
                     path=part.table.path,
                     row_range=part.row_range,
                     name=name,
                     size_bytes=size_bytes,
-                    resumed=rows,
-                    rest=int((~has_text).sum()),
+                    resumed=int(resumed[part.rows].sum()),
+                    rest=int((~has_text).sum()) + sum(taken.values()),
+                    copied=taken.get("copied", 0),
+                    reused=taken.get("reused", 0),
                 )
             )
         if partials:

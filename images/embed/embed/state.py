@@ -15,6 +15,7 @@ from embed.artifacts.outputs import Abandoned, write_output
 from embed.artifacts.written import Written, from_ledger, from_metadata
 from embed.config import EmbedConfig
 from embed.data.chunks import (
+    REUSED,
     ChunkLost,
     Coverage,
     RowRange,
@@ -29,7 +30,7 @@ from embed.data.passages import rows_done_of
 from embed.data.precision import vector_fields
 from embed.data.table import BadFile, Table
 from embed.data.windows import Task, tasks_of, window_rows
-from embed.events import Event, FileBroken, PartialSaved, PartialsReplaced, RowsComputed, TaskDone
+from embed.events import ChunkSaved, Event, FileBroken, PartialSaved, PartialsReplaced, RowsComputed, TaskDone
 from embed.stages import JOIN, StageTimes
 from estiba.checkpoint import ChunkStore, Ledger
 from estiba.errors import DataError
@@ -69,6 +70,9 @@ class Attempt:
 
     rows_found: int = 0
     rows_computed: int = 0
+    """Rows without text included."""
+    rows_copied: int = 0
+    rows_reused: int = 0
     tokens: int = 0
     padded_tokens: int = 0
     chunks_found: int = 0
@@ -108,7 +112,7 @@ class JobState:
         """Rows in the partial chunks of this attempt, by key."""
         self._partials_found: dict[str, Places] = {}
         """The rows in those of earlier attempts."""
-        self._resumed_of: dict[tuple[str, RowRange], int] = {}
+        self._saved: dict[tuple[str, RowRange], ChunkSaved] = {}
         self._joiner = ThreadPoolExecutor(1, thread_name_prefix="embed-joiner")
         self._joins: list[Future[None]] = []
         self._abandoned = threading.Event()
@@ -211,6 +215,7 @@ class JobState:
         for key in (*self._partials_found, *(key for file in files for key in self.chunks.keys(file))):
             data = self.chunks.load(key)
             engines = computed_by(from_bytes(data)) if data is not None else []
+            engines = [engine for engine in engines if engine["engine"] != REUSED]
             if engines:
                 return engines[-1]
         return None
@@ -260,8 +265,11 @@ class JobState:
             for key, name in (*event.parts, (key_of(file_key(item.table), event.row_range), event.name)):
                 self.chunks.adopt(key, name)
             item.coverage.add(event.row_range)
-            self._resumed_of[event.path, event.row_range] = event.resumed
+            self._saved[event.path, event.row_range] = event
             self.attempt.rows_found += event.resumed
+            self.attempt.rows_copied += event.copied
+            self.attempt.rows_reused += event.reused
+            self.attempt.rows_computed -= event.copied + event.reused
             self.attempt.chunks_saved += 1
             self.attempt.chunk_bytes += event.size_bytes
             self._advance(event.path, event.rest, 0, 0)
@@ -323,9 +331,15 @@ class JobState:
                 self.lost.append(lost.row_range)
                 self.attempt.chunks_lost += 1
                 # Its rows are computed once more, and count once.
-                resumed = self._resumed_of.pop((item.table.path, lost.row_range), lost.row_range.rows)
-                self.attempt.rows_found -= resumed
-                self.attempt.rows_computed -= lost.row_range.rows - resumed
+                saved = self._saved.pop((item.table.path, lost.row_range), None)
+                if saved is None:
+                    self.attempt.rows_found -= lost.row_range.rows
+                else:
+                    self.attempt.rows_found -= saved.resumed
+                    self.attempt.rows_copied -= saved.copied
+                    self.attempt.rows_reused -= saved.reused
+                    computed = lost.row_range.rows - saved.resumed - saved.copied - saved.reused
+                    self.attempt.rows_computed -= computed
         except Abandoned:
             pass
         except DataError as error:

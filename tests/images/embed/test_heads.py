@@ -77,6 +77,16 @@ def test_weights_and_token_vectors_are_those_of_flagembedding(root, inputs, m3):
     assert {len(out["colbert"][row].as_py()) for row in (5,)} == {63}
 
 
+def test_equal_rows_share_weights_and_token_vectors(root, inputs, m3):
+    write(inputs / "a.parquet", ["viento norte", *TEXTS, *TEXTS])
+    results = run(m3, **BOTH)
+    found = outputs(root).select(["embeddings", "sparse", "colbert"]).to_pylist()
+    count = len(TEXTS)
+    assert results["rows"]["copied"] == 1 + count - 2  # without the null and the empty one
+    assert found[1 : 1 + count] == found[1 + count :] and found[0] == found[count]
+    assert found[1]["sparse"] and found[1]["colbert"]
+
+
 def test_the_embeddings_are_the_same_with_and_without_the_heads(root, inputs, m3):
     many_rows(inputs)
     run(m3, engine="torch", output_path=str(root / "plain"))

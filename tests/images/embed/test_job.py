@@ -54,6 +54,8 @@ def test_rows_keep_their_order_and_columns_and_get_a_unit_vector(root, inputs, t
         "truncated": 0,
         "computed_in_this_attempt": 300,
         "resumed": 0,
+        "copied": 0,
+        "reused": 0,
     }
     provenance = json.loads(out.schema.metadata[b"estiba"])
     assert provenance["digest"].startswith("xxh3-128:") and provenance["dtype"] == "float32"

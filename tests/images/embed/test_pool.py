@@ -65,7 +65,7 @@ def serve(root, inputs, tiny_model, monkeypatch):
         stop = threading.Event()
         events = Events(stop, kind, count)
         for task in three_tasks(inputs):
-            tasks.put((((root / "ck").as_uri(), "pieces", None), task))
+            tasks.put((((root / "ck").as_uri(), "pieces", None, None), task))
         watchdog = threading.Timer(WAIT_S, stop.set)
         watchdog.daemon = True
         watchdog.start()

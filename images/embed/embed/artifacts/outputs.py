@@ -30,6 +30,7 @@ from embed.data.chunks import (
     file_key,
     from_bytes,
     key_of,
+    origins,
 )
 from embed.data.files import file_faults, one_line
 from embed.data.identity import open_unchanged
@@ -60,6 +61,8 @@ class Counts:
     rows: int = 0
     tokens: int = 0
     truncated: int = 0
+    copied: int = 0
+    reused: int = 0
     statuses: Counter[str] = field(default_factory=Counter)
     bad_rows: list[int] = field(default_factory=list)
     """Rows with an unknown token, counted from 0 in the file; at most ten."""
@@ -183,7 +186,8 @@ def write_output(
             open_unchanged(source, table) as file,
         ):
             for row_group in range(len(table.row_group_rows)):
-                reader = reader_of(chunks, file_key(table), coverage.ranges(row_group), engines.of(row_group))
+                ranges = coverage.ranges(row_group)
+                reader = reader_of(chunks, file_key(table), ranges, engines.of(row_group))
                 held: list[pa.RecordBatch] = []
                 held_bytes = 0
                 for batch in _kept_batches(file, table, row_group, kept, vectors[0].type):
@@ -201,6 +205,8 @@ def write_output(
                             writer.write_table(pa.Table.from_batches(held, schema))
                             held, held_bytes = [], 0
                     counts.add_rows(batch, status)
+                counts.copied += reader.origins["copied"]
+                counts.reused += reader.origins["reused"]
                 if held:
                     writer.write_table(pa.Table.from_batches(held, schema))
             writer.add_key_value_metadata({ENGINES_KEY: json.dumps(engines.as_json(), sort_keys=True)})
@@ -328,6 +334,8 @@ class _VectorReader:
     ) -> None:
         """Adds the engines that computed the chunks to `engines`."""
         self._engines = engines
+        self.origins: Counter[str] = Counter()
+        """How many rows were `copied` and `reused`."""
         self._chunks, self._file, self._ranges = chunks, file, iter(ranges)
         self._batch: pa.RecordBatch | None = None
         self._used = 0
@@ -345,6 +353,7 @@ class _VectorReader:
                     raise ChunkLost(row_range)
                 batch = from_bytes(data)
                 self._engines += [engine for engine in computed_by(batch) if engine not in self._engines]
+                self.origins.update(origins(batch))
                 self._batch, self._used = batch.replace_schema_metadata(None), 0
             part = self._batch.slice(self._used, rows)
             self._used += part.num_rows

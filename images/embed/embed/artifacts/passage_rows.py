@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,8 @@ class PassageReader:
         self._window: Piece | None = None
         self._last = (-1, 0)
         """Row and number of the passage before."""
+        self.origins: Counter[str] = Counter()
+        """Empty: a copied passage is not a copied row."""
 
     def _load(self, ranges: Sequence[RowRange]) -> Iterator[Piece]:
         for rows in ranges:

@@ -54,6 +54,7 @@ def results_of(
         "hosts": job.host_count,
         "input": config.input_path,
         "output": config.output_path,
+        "reuse": config.reuse,
         "model": {"given": config.model, **model.identity},
         "device": model.device,
         "engine": model.engine,
@@ -78,6 +79,8 @@ def results_of(
             "truncated": sum(item["truncated"] for item in counts),
             "computed_in_this_attempt": attempt.rows_computed,
             "resumed": attempt.rows_found,
+            "copied": sum(item.get("copied", 0) for item in counts),
+            "reused": sum(item.get("reused", 0) for item in counts),
         },
         "tokens": {
             "total": sum(item["tokens"] for item in counts),
@@ -110,10 +113,12 @@ def results_of(
         result["tokens_aproximados"] = sum(tokens_aproximados)
     if config.chunk_output == "rows":
         result["chunks"] = sum(item.get("chunks") or 0 for item in counts)
+    taken = f"{attempt.rows_copied} copied from equal rows, " if attempt.rows_copied else ""
+    taken += f"{attempt.rows_reused} reused, " if attempt.rows_reused else ""
+    already = max(0, rows - attempt.rows_computed - attempt.rows_copied - attempt.rows_reused)
     result["summary"] = (
         f"{done} of {state.files_total} files, {rows} rows ({statuses['ok']} embedded) in {total_s:.1f} s: "
-        f"{attempt.rows_computed} rows computed now at {tokens_per_s:.0f} tokens/s, "
-        f"{rows - attempt.rows_computed if rows >= attempt.rows_computed else 0} already done"
+        f"{attempt.rows_computed} rows computed now at {tokens_per_s:.0f} tokens/s, {taken}{already} already done"
     )
     return result
 

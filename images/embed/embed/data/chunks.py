@@ -24,6 +24,9 @@ PARTIAL = "-partial"
 PENDING = 255
 """The status of a row in a partial chunk that is not computed yet."""
 COMPUTED_BY = b"computed_by"
+ORIGINS = b"origins"
+REUSED = "reused"
+"""The engine of vectors that an earlier run computed."""
 
 
 class Status(IntEnum):
@@ -35,6 +38,16 @@ class Status(IntEnum):
     INVALID_UTF8 = 3
     NOT_FINITE = 4
     UNKNOWN_TOKEN = 5
+
+
+class Origin(IntEnum):
+    """Where a row's vector comes from."""
+
+    COMPUTED = 0
+    COPIED = 1
+    """An earlier row of the window has the same tokens."""
+    REUSED = 2
+    """An earlier run computed it."""
 
 
 STATUS_WORDS: dict[Status, str] = {
@@ -188,6 +201,16 @@ class Encoded:
     """Tokens computed, padding and repeated batches included."""
     tokens: TokenOutputs | None = None
     """Rows whose status is not OK have no tokens here; None without --sparse and --multi-vector."""
+    origin: np.ndarray | None = None
+    """uint8[rows], an Origin each; None if all vectors are computed."""
+
+    def origins_in(self, rows: slice, counted: np.ndarray | None = None) -> dict[str, int]:
+        """How many of some rows are `copied` and `reused`; without those that are none. `counted` is a mask of them."""
+        if self.origin is None:
+            return {}
+        origin = self.origin[rows] if counted is None else self.origin[rows][counted]
+        counts = {kind.name.lower(): int((origin == kind).sum()) for kind in (Origin.COPIED, Origin.REUSED)}
+        return {kind: count for kind, count in counts.items() if count}
 
     @property
     def rows_done(self) -> int:
@@ -227,10 +250,15 @@ def partial_to_bytes(encoded: Encoded, computed_by: Sequence[Mapping[str, Any]] 
     return batch_bytes(partial_batch(encoded), computed_by)
 
 
-def batch_bytes(batch: pa.RecordBatch, computed_by: Sequence[Mapping[str, Any]] = ()) -> memoryview:
-    """Arrow IPC, with the engines that computed it in the schema."""
-    if computed_by:
-        batch = batch.replace_schema_metadata({COMPUTED_BY: json.dumps(list(computed_by), sort_keys=True)})
+def batch_bytes(
+    batch: pa.RecordBatch, computed_by: Sequence[Mapping[str, Any]] = (), origins: Mapping[str, int] | None = None
+) -> memoryview:
+    """Arrow IPC, with the engines that computed it in the schema, and the numbers of rows that they did not compute."""
+    metadata: dict[bytes, Any] = {COMPUTED_BY: list(computed_by)} if computed_by else {}
+    if origins:
+        metadata[ORIGINS] = dict(origins)
+    if metadata:
+        batch = batch.replace_schema_metadata({key: json.dumps(each, sort_keys=True) for key, each in metadata.items()})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch)
@@ -245,6 +273,11 @@ def from_bytes(data: bytes | memoryview) -> pa.RecordBatch:
 def computed_by(batch: pa.RecordBatch) -> list[dict[str, Any]]:
     """The engines that computed a chunk; empty for a chunk of an earlier version."""
     return json.loads((batch.schema.metadata or {}).get(COMPUTED_BY, b"[]"))
+
+
+def origins(batch: pa.RecordBatch) -> dict[str, int]:
+    """How many rows of a chunk are `copied` and `reused`; empty if none is."""
+    return json.loads((batch.schema.metadata or {}).get(ORIGINS, b"{}"))
 
 
 def encoded_from(data: bytes | memoryview) -> Encoded:

@@ -118,7 +118,7 @@ def inspect(store: Store, file: InputFile) -> Table | BadFile:
             identity = identity_of(opened, file)
             opened.seek(0)
             metadata = pq.read_metadata(opened)
-            table = _table(file, identity, stamp, pq.ParquetFile(opened, metadata=metadata, **READ_AS))
+            table = table_of(file, identity, stamp, pq.ParquetFile(opened, metadata=metadata, **READ_AS))
             return replace(table, encrypted=_encrypted_columns(opened, table))
     except StoreError as error:
         if store.is_durable and not isinstance(error, ObjectChangedError):  # which says nothing about the file
@@ -149,7 +149,7 @@ def is_encryption(error: BaseException) -> bool:
     return "decrypt" in str(error).lower()
 
 
-def _table(file: InputFile, identity: str, stamp: Stamp | None, parquet: pq.ParquetFile) -> Table:
+def table_of(file: InputFile, identity: str, stamp: Stamp | None, parquet: pq.ParquetFile) -> Table:
     """Raises ValueError if the footer contradicts itself."""
     metadata, schema = parquet.metadata, parquet.schema_arrow
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]

@@ -114,7 +114,7 @@ def text_ranges(store: Store, rows: MissingRows, column: str, limits: RangeLimit
             if gap is None or position <= gap[0]:
                 continue
             with file_faults(table, row_group):
-                values = _texts(_text_column(batch, column))
+                values = texts_of(batch, column)
             for row, text in enumerate(values, start=first):
                 if gap is None or row < gap[0]:
                     continue
@@ -138,7 +138,7 @@ def first_texts(store: Store, tables: Sequence[Table], column: str, count: int =
         for row_group, rows in enumerate(table.row_group_rows):
             with contextlib.suppress(DataError, StoreError), open_unchanged(store, table) as file:
                 batch = next(record_batches(file, table, row_group, [column]), None) if rows else None
-                values = _texts(_text_column(batch, column)) if batch else []
+                values = texts_of(batch, column) if batch else []
                 if found := [text for text in values if isinstance(text, str) and text.strip()][:count]:
                     return found
     return []
@@ -157,8 +157,9 @@ def _text_column(batch: pa.RecordBatch, column: str) -> pa.Array:
     return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
 
 
-def _texts(array: pa.Array) -> list[str | bytes | None]:
+def texts_of(batch: pa.RecordBatch, column: str) -> list[str | bytes | None]:
     """Python strings; a value that is not UTF-8 stays bytes, since parquet files may hold anything."""
+    array = _text_column(batch, column)
     if pa.types.is_null(array.type):
         return [None] * len(array)
     texts: list[str | bytes | None] = []

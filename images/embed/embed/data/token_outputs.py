@@ -45,10 +45,10 @@ class TokenOutputs:
         if self.vectors is not None and vectors is not None:
             self.vectors[at] = vectors
 
-    def put_rows_of(self, other: TokenOutputs, rows: np.ndarray) -> None:
-        """Take the values of some rows from the same window of an earlier attempt."""
+    def put_rows_of(self, other: TokenOutputs, rows: np.ndarray, at: np.ndarray | None = None) -> None:
+        """Take the values of some rows of the same window, for themselves or for others with the same tokens."""
         found = other.of_rows(rows)
-        self.put(rows, found.weights, found.vectors)
+        self.put(rows if at is None else at, found.weights, found.vectors)
 
     def of_rows(self, rows: np.ndarray) -> TokenOutputs:
         """A copy of some rows, in that order."""

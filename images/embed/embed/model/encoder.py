@@ -19,13 +19,14 @@ import torch
 
 from embed.config import EmbedConfig
 from embed.data.chunks import PENDING, Encoded, ModelInfo, Status
+from embed.data.known_vectors import KnownVectors
 from embed.data.passages import Passages
 from embed.data.token_outputs import TokenOutputs
 from embed.model import heads, loading, resolve, samples
 from embed.model.batches import BatchDone, BatchLimits, Stopped, default_token_budget, pack
-from embed.model.engines import Engines
+from embed.model.engines import Engines, vectors_of
 from embed.model.forward import Engine, InFlight, cpu_name, is_out_of_memory, products_of
-from embed.model.openvino import EngineError
+from embed.model.known import divide
 from embed.model.passages import cutter_for
 from embed.model.resolve import NO_LIMIT
 from embed.model.samples import SENTENCES
@@ -50,6 +51,8 @@ class _Work:
     snapshot: Callable[[np.ndarray], Encoded]
     on_batch: Callable[[BatchDone], None]
     limits: BatchLimits
+    again: np.ndarray
+    """bool[rows]: the row has a vector elsewhere, which its copies need here."""
 
 
 class Encoder:
@@ -183,13 +186,14 @@ class Encoder:
         prior: Encoded | None = None,
         not_needed: np.ndarray | None = None,
         limits: BatchLimits = BatchLimits(),  # noqa: B008 - frozen
+        known: KnownVectors | None = None,
     ) -> Encoded:
         """The window's vectors: longest rows first, every vector checked, invalid ones computed again in float32.
 
         On a CPU the same window gives the same bits. `prior` is what an earlier attempt had of it, and the rows of the
         mask `not_needed` have their vectors elsewhere: the batches are the same, those with nothing missing are not
-        computed, and vectors of `prior` keep their bits. Raises Stopped between batches, and DataError if a single row
-        does not fit in memory.
+        computed, and vectors of `prior` keep their bits. Rows with equal tokens are computed once, and rows with a
+        `known` vector not at all. Raises Stopped between batches, and DataError if a single row does not fit in memory.
         """
         vectors = np.zeros((len(window.status), self.dimensions), np.float32)
         done = np.zeros(len(window.status), bool)
@@ -199,9 +203,11 @@ class Encoder:
             vectors[done] = prior.vectors[done]
             if tokens is not None and prior.tokens is not None:
                 tokens.put_rows_of(prior.tokens, np.flatnonzero(done))
+        division, again = divide(window, known), np.zeros(len(done), bool)
         if not_needed is not None:
-            done |= not_needed
-        rows = np.flatnonzero(window.status == Status.OK)
+            again = division.originals_of(~not_needed) & not_needed & ~done  # a copy needs their vectors here
+            done |= not_needed & ~again
+        rows = division.computed
 
         def snapshot(rows: np.ndarray) -> Encoded:
             status, is_done = window.status[rows], done[rows]
@@ -222,6 +228,7 @@ class Encoder:
             snapshot=snapshot,
             on_batch=on_batch,
             limits=limits,
+            again=again,
         )
         invalid, padded_tokens = self._encode_rows(self._engine, work, rows, should_stop)
         if len(invalid) and not self._engine.is_exact:
@@ -230,6 +237,8 @@ class Encoder:
             logger.info("%d of %d vectors overflowed in %s; using float32 for them", len(invalid), len(rows), precision)
             invalid, more = self._encode_rows(self._float32_engine(), work, invalid, should_stop, is_again=True)
             padded_tokens += more
+        invalid = division.with_copies(invalid)
+        division.fill(vectors, tokens, known)
         status, n_tokens, truncated = window.status.copy(), window.n_tokens.copy(), window.truncated.copy()
         vectors[invalid] = 0
         status[invalid], n_tokens[invalid], truncated[invalid] = Status.NOT_FINITE, 0, False
@@ -237,7 +246,7 @@ class Encoder:
             tokens = tokens.only(status == Status.OK)
         return Encoded(
             vectors=vectors, status=status, n_tokens=n_tokens, truncated=truncated, padded_tokens=padded_tokens,
-            tokens=tokens,
+            tokens=tokens, origin=division.origin(len(status)),
         )  # fmt: skip
 
     def _encode_rows(
@@ -254,7 +263,7 @@ class Encoder:
 
         def finish_oldest() -> int:
             batch = in_flight.popleft()
-            computed, is_fresh = _vectors_of(engine, batch), ~done[batch.rows]
+            computed, is_fresh = vectors_of(engine, batch), ~done[batch.rows]
             is_invalid = engine.invalid(computed)
             if work.tokens is not None and batch.tokens is not None:
                 is_invalid |= batch.tokens.put_into(work.tokens, batch.rows)
@@ -265,10 +274,10 @@ class Encoder:
             tokens = int(window.n_tokens[fresh].sum())
             work.on_batch(
                 BatchDone(
-                    rows=len(fresh),
+                    rows=int((~work.again[fresh]).sum()),
                     tokens=tokens,
                     padded_tokens=batch.padded_tokens,
-                    done=done,
+                    done=done | work.again,
                     snapshot=work.snapshot,
                 )
             )
@@ -414,11 +423,3 @@ class Encoder:
         requested = self.config.dimensions
         if requested is not None and requested > self.dimensions:
             raise ConfigError(f"--dimensions {requested}: the model has {self.dimensions}; pass that or fewer")
-
-
-def _vectors_of(engine: Engine, batch: InFlight) -> np.ndarray:
-    """float32[B, D]. Raises DataError if the engine cannot compute the batch."""
-    try:
-        return batch.wait()
-    except EngineError as error:
-        raise DataError(f"{engine.version} cannot compute a batch ({error}); pass --engine torch") from error

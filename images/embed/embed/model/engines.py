@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from embed.config import EmbedConfig
-from embed.model.forward import Engine, is_out_of_memory
+from embed.model.forward import Engine, InFlight, is_out_of_memory
 from embed.model.openvino import EngineError, NotConvertible, OpenVinoEngine, has_bfloat16, is_installed
 from embed.model.samples import WIDTHS
 from embed.model.tokens import Features
-from estiba.errors import ConfigError
+from estiba.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -165,3 +165,11 @@ def _lowest_cosine(engine: Engine, reference: Engine, batch: Features) -> float:
         cosines = (actual_BD * expected_BD).sum(axis=1) / (actual * expected)
         cosines[np.abs(actual / expected - 1) > MOST_OFF_LENGTH] = -1
     return float(np.nan_to_num(cosines, nan=-1.0).min(initial=1.0))
+
+
+def vectors_of(engine: Engine, batch: InFlight) -> np.ndarray:
+    """float32[B, D]. Raises DataError if the engine cannot compute the batch."""
+    try:
+        return batch.wait()
+    except EngineError as error:
+        raise DataError(f"{engine.version} cannot compute a batch ({error}); pass --engine torch") from error
