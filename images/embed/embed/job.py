@@ -276,17 +276,17 @@ def old_outputs(config: EmbedConfig, job: Job, state: JobState, model: ModelInfo
     return old
 
 
-MODEL_IDENTITY = ("digest", "dtype", "products", "pooling", "prompt", "max_length", "dimensions", "normalize")
-CHUNK_IDENTITY = ("chunk", "chunk_overlap", "chunk_output")
-"""What changes a vector. Library versions are not included, so a new image continues the work of the old one."""
-HEADS = ("sparse", "multi_vector")
-"""The digests of BGE-M3's heads, where the settings ask for them."""
+IDENTITY = (
+    *("digest", "dtype", "products", "pooling", "prompt", "max_length", "dimensions", "normalize"),
+    *("chunk", "chunk_overlap", "chunk_output", "sparse", "multi_vector"),
+)
+"""What changes a vector; a model has those that the settings ask for. Library versions are not included, so a new image
+continues the work of the old one."""
 
 
 def chunks_identity(config: EmbedConfig, model: ModelInfo) -> str:
     """Names the chunks that this job can use: same model, same text column, same stored precision."""
-    names = (*MODEL_IDENTITY, *CHUNK_IDENTITY, *HEADS)
-    parts = {name: model.identity[name] for name in names if name in model.identity}
+    parts = {name: model.identity[name] for name in IDENTITY if name in model.identity}
     return _digest(parts | {"text_column": config.text_column, "embedding_dtype": config.embedding_dtype})
 
 
