@@ -25,12 +25,11 @@ from embed.data.chunks import (
     key_of,
     range_of,
 )
-from embed.data.partials import Places, is_partial, read_partial
-from embed.data.passages import rows_done_of
 from embed.data.precision import vector_fields
 from embed.data.table import BadFile, Table
 from embed.data.windows import Task, tasks_of, window_rows
 from embed.events import ChunkSaved, Event, FileBroken, PartialSaved, PartialsReplaced, RowsComputed, TaskDone
+from embed.saved_partials import SavedPartials
 from embed.stages import JOIN, StageTimes
 from estiba.checkpoint import ChunkStore, Ledger
 from estiba.errors import DataError
@@ -108,10 +107,7 @@ class JobState:
 
     def __post_init__(self) -> None:
         self._vectors = vector_fields(self.config, self.dimensions, self.token_dimensions)
-        self._partial_rows: dict[str, int] = {}
-        """Rows in the partial chunks of this attempt, by key."""
-        self._partials_found: dict[str, Places] = {}
-        """The rows in those of earlier attempts."""
+        self._partials = SavedPartials(self.chunks, has_passages=self.config.chunk is not None)
         self._saved: dict[tuple[str, RowRange], ChunkSaved] = {}
         self._joiner = ThreadPoolExecutor(1, thread_name_prefix="embed-joiner")
         self._joins: list[Future[None]] = []
@@ -143,30 +139,8 @@ class JobState:
         with ThreadPoolExecutor(threads) as pool:
             self.files = {item.table.path: item for item in pool.map(state_of, tables)}
         self.attempt.rows_found = self.rows_done
-        self._open_partials()
+        self._partials.open((file_key(item.table) for item in self.files.values()), self._missing())
         self.attempt.chunks_found = sum(map(len, ranges.values()))
-
-    def _open_partials(self) -> None:
-        known = {file_key(item.table) for item in self.files.values()}
-        for key in filter(is_partial, self.chunks.keys()):
-            if (data := self.chunks.load(key)) is None:
-                continue
-            if self.config.chunk is not None:
-                if key.split("/")[0] in self._missing():
-                    self._partial_rows[key] = rows_done_of(from_bytes(data))
-            else:
-                places = read_partial(key, data).places
-                if known.intersection(places.files):  # another host's, or of an input that is no more
-                    self._partials_found[key] = places
-        self._drop_partials()
-
-    def _drop_partials(self) -> None:
-        """Delete the partial chunks of earlier attempts whose rows all have chunks."""
-        missing = self._missing()
-        for key, places in list(self._partials_found.items()):
-            if not places.rows_in(missing):
-                self.chunks.drop([key])
-                del self._partials_found[key]
 
     def _missing(self) -> dict[str, Coverage]:
         """What the unfinished files have, by file key."""
@@ -200,9 +174,7 @@ class JobState:
     @property
     def rows_saved(self) -> int:
         """Rows that a resume does not compute again."""
-        missing = self._missing()
-        found = sum(places.rows_in(missing) for places in self._partials_found.values())
-        return self.rows_done + found + sum(self._partial_rows.values())
+        return self.rows_done + self._partials.rows(self._missing())
 
     def bad_rows(self) -> list[tuple[str, list[int]]]:
         """The rows that got no vector for a fault of the model, by file; at most ten of each."""
@@ -212,7 +184,7 @@ class JobState:
     def computed_by(self) -> dict[str, Any] | None:
         """What computed the saved rows of a file that is not finished; None if there are none."""
         files = [f"{file_key(item.table)}/" for item in self.files.values() if item.state is State.TODO]
-        for key in (*self._partials_found, *(key for file in files for key in self.chunks.keys(file))):
+        for key in (*self._partials.keys(), *(key for file in files for key in self.chunks.keys(file))):
             data = self.chunks.load(key)
             engines = computed_by(from_bytes(data)) if data is not None else []
             engines = [engine for engine in engines if engine["engine"] != REUSED]
@@ -232,25 +204,16 @@ class JobState:
             for item in self.files.values():
                 if item.state is State.TODO:
                     self._join_if_complete(item)
-            return [replace(task, partials=self._partials_of(task)) for task in tasks]
-
-    def _partials_of(self, task: Task) -> tuple[tuple[str, str], ...]:
-        files = {file_key(item.table) for item in task.row_groups}
-        keys = [key for key, places in self._partials_found.items() if files.intersection(places.files)]
-        keys += [key for key in self._partial_rows if key.split("/")[0] in files]
-        return tuple((key, self.chunks.name_of(key)) for key in keys if key in self.chunks)
+            return [replace(task, partials=self._partials.names_for(task)) for task in tasks]
 
     def on_event(self, event: Event) -> None:
         """Record what a worker did. Called from any thread."""
         with self.lock:
             if isinstance(event, PartialSaved):
-                self.chunks.adopt(event.key, event.name)
-                self._partial_rows[event.key] = event.rows
+                self._partials.saved(event)
                 return
             if isinstance(event, PartialsReplaced):
-                self.chunks.forget(event.keys)
-                for key in event.keys:
-                    self._partial_rows.pop(key, None)
+                self._partials.replaced(event)
                 return
             if isinstance(event, RowsComputed):
                 self._advance(event.path, event.rows, event.tokens, event.padded_tokens)
@@ -382,7 +345,7 @@ class JobState:
     def finish(self) -> None:
         self._joiner.shutdown(wait=True)
         self.write_ledger()
-        self._drop_partials()
+        self._partials.drop_replaced(self._missing())
 
     def write_ledger(self) -> None:
         if self.ledger is None:

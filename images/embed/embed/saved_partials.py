@@ -1,0 +1,68 @@
+"""The partial chunks of a job: which there are, how many rows they save, and which can be deleted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from embed.data.chunks import Coverage, file_key, from_bytes
+from embed.data.partials import Places, is_partial, read_partial
+from embed.data.passages import rows_done_of
+from embed.data.windows import Task
+from embed.events import PartialSaved, PartialsReplaced
+from estiba.checkpoint import ChunkStore
+
+
+class SavedPartials:
+    """Coverages are those of the unfinished files, by file key."""
+
+    def __init__(self, chunks: ChunkStore, *, has_passages: bool) -> None:
+        """`has_passages` as with --chunk, where a partial chunk belongs to one row range and counts its rows."""
+        self._chunks, self._has_passages = chunks, has_passages
+        self._rows: dict[str, int] = {}
+        """Rows in the partial chunks of this attempt, and in all with passages, by key."""
+        self._found: dict[str, Places] = {}
+        """The rows in those of earlier attempts."""
+
+    def open(self, files: Iterable[str], coverages: Mapping[str, Coverage]) -> None:
+        """Read what earlier attempts left of files, which are named by key."""
+        known = set(files)
+        for key in filter(is_partial, self._chunks.keys()):
+            if (data := self._chunks.load(key)) is None:
+                continue
+            if self._has_passages:
+                if key.split("/")[0] in coverages:
+                    self._rows[key] = rows_done_of(from_bytes(data))
+            elif known.intersection((places := read_partial(key, data).places).files):  # or another host's
+                self._found[key] = places
+        self.drop_replaced(coverages)
+
+    def drop_replaced(self, coverages: Mapping[str, Coverage]) -> None:
+        """Delete the partial chunks of earlier attempts whose rows all have chunks."""
+        for key, places in list(self._found.items()):
+            if not places.rows_in(coverages):
+                self._chunks.drop([key])
+                del self._found[key]
+
+    def saved(self, event: PartialSaved) -> None:
+        self._chunks.adopt(event.key, event.name)
+        self._rows[event.key] = event.rows
+
+    def replaced(self, event: PartialsReplaced) -> None:
+        self._chunks.forget(event.keys)
+        for key in event.keys:
+            self._rows.pop(key, None)
+
+    def rows(self, coverages: Mapping[str, Coverage]) -> int:
+        """Rows without a chunk that a resume does not compute again."""
+        return sum(self._rows.values()) + sum(places.rows_in(coverages) for places in self._found.values())
+
+    def keys(self) -> list[str]:
+        """Of partial chunks that are not in the folder of a file."""
+        return list(self._found)
+
+    def names_for(self, task: Task) -> tuple[tuple[str, str], ...]:
+        """Key and name of those with rows of the task's files."""
+        files = {file_key(item.table) for item in task.row_groups}
+        keys = [key for key, places in self._found.items() if files.intersection(places.files)]
+        keys += [key for key in self._rows if key.split("/")[0] in files]
+        return tuple((key, self._chunks.name_of(key)) for key in keys if key in self._chunks)
