@@ -11,17 +11,15 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from embed.config import EmbedConfig
-from embed.data.chunks import PENDING, Encoded, ModelInfo, Status
+from embed.data.chunks import Encoded, ModelInfo, Status
 from embed.data.known_vectors import KnownVectors
 from embed.data.passages import Passages
-from embed.data.token_outputs import TokenOutputs
 from embed.model import heads, loading, resolve, samples
 from embed.model.batches import BatchDone, BatchLimits, Stopped, default_token_budget, pack
 from embed.model.engines import Engines, vectors_of
@@ -31,28 +29,13 @@ from embed.model.passages import cutter_for
 from embed.model.resolve import NO_LIMIT
 from embed.model.samples import SENTENCES
 from embed.model.tokens import FastTokens, Window, read_window, tokens_for
+from embed.model.window_work import WindowWork
 from estiba.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
 MIN_TOKEN_BUDGET = 512
 """Running out of memory does not shrink the budget below this; single batches are still split."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Work:
-    """A window while its batches are computed."""
-
-    window: Window
-    vectors: np.ndarray
-    done: np.ndarray
-    """bool[rows]: the row has a valid vector."""
-    tokens: TokenOutputs | None
-    snapshot: Callable[[np.ndarray], Encoded]
-    on_batch: Callable[[BatchDone], None]
-    limits: BatchLimits
-    again: np.ndarray
-    """bool[rows]: the row has a vector elsewhere, which its copies need here."""
 
 
 class Encoder:
@@ -209,23 +192,11 @@ class Encoder:
             done |= not_needed & ~again
         rows = division.computed
 
-        def snapshot(rows: np.ndarray) -> Encoded:
-            status, is_done = window.status[rows], done[rows]
-            return Encoded(
-                vectors=np.where(is_done[:, None], vectors[rows], 0),
-                status=np.where((status == Status.OK) & ~is_done, PENDING, status).astype(np.uint8),
-                n_tokens=window.n_tokens[rows],
-                truncated=window.truncated[rows],
-                padded_tokens=0,
-                tokens=tokens and tokens.of_rows(rows).only(is_done),
-            )
-
-        work = _Work(
+        work = WindowWork(
             window=window,
             vectors=vectors,
             done=done,
             tokens=tokens,
-            snapshot=snapshot,
             on_batch=on_batch,
             limits=limits,
             again=again,
@@ -250,7 +221,13 @@ class Encoder:
         )  # fmt: skip
 
     def _encode_rows(
-        self, engine: Engine, work: _Work, rows: np.ndarray, should_stop: Callable[[], bool], *, is_again: bool = False
+        self,
+        engine: Engine,
+        work: WindowWork,
+        rows: np.ndarray,
+        should_stop: Callable[[], bool],
+        *,
+        is_again: bool = False,
     ) -> tuple[np.ndarray, int]:
         """Fill work.vectors[rows]. Returns the rows whose vector is invalid, and the padded tokens computed."""
         window, done, has_room = work.window, work.done, work.limits.has_room
@@ -263,24 +240,12 @@ class Encoder:
 
         def finish_oldest() -> int:
             batch = in_flight.popleft()
-            computed, is_fresh = vectors_of(engine, batch), ~done[batch.rows]
+            computed = vectors_of(engine, batch)
             is_invalid = engine.invalid(computed)
             if work.tokens is not None and batch.tokens is not None:
                 is_invalid |= batch.tokens.put_into(work.tokens, batch.rows)
             invalid.append(batch.rows[is_invalid])
-            work.vectors[batch.rows[is_fresh]] = computed[is_fresh]
-            fresh = batch.rows[:0] if is_again else batch.rows[is_fresh]
-            done[batch.rows[~is_invalid]] = True
-            tokens = int(window.n_tokens[fresh].sum())
-            work.on_batch(
-                BatchDone(
-                    rows=int((~work.again[fresh]).sum()),
-                    tokens=tokens,
-                    padded_tokens=batch.padded_tokens,
-                    done=done | work.again,
-                    snapshot=work.snapshot,
-                )
-            )
+            work.add(batch, computed, is_invalid, is_again=is_again)
             return batch.padded_tokens
 
         try:
