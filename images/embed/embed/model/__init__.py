@@ -1,8 +1,9 @@
 """The model: texts to vectors.
 
 Read `encoder` first. `batches` decides which rows share a batch, `tokens` and `prefix` turn texts into token ids,
-`forward` runs one batch by torch and `openvino` by OpenVINO, `engines` chooses between the two, `loading` finds and
-loads a model, `resolve` applies the settings to it.
+`passages` and `borders` cut long texts, `forward` runs one batch by torch and `openvino` by OpenVINO, `engines` chooses
+between the two, `loading` finds and loads a model, `fallbacks` loads it again where it cannot compute a row, `resolve`
+applies the settings to it.
 """
 
 from embed.data.chunks import STATUS_WORDS, Encoded, ModelInfo, Status

@@ -21,8 +21,9 @@ from embed.data.chunks import Encoded, ModelInfo, Status
 from embed.data.known_vectors import KnownVectors
 from embed.data.passages import Passages
 from embed.model import heads, loading, resolve, samples
-from embed.model.batches import BatchDone, BatchLimits, Stopped, default_token_budget, pack
+from embed.model.batches import BatchDone, BatchLimits, Stopped, pack
 from embed.model.engines import Engines, vectors_of
+from embed.model.fallbacks import EngineLoader
 from embed.model.forward import Engine, InFlight, cpu_name, is_out_of_memory, products_of
 from embed.model.known import divide
 from embed.model.passages import cutter_for
@@ -61,8 +62,8 @@ class Encoder:
         self._heads = heads.load(self._files.directory, config)
         device = resolve.device_for(config.device)
         dtype = resolve.dtype_for(config.dtype, device)
-        self._fallback_engines: dict[str, Engine] = {}
-        self._use(self._load(device, dtype))
+        self._loader = EngineLoader(self._files, config, self._heads)
+        self._use(self._loader.load(device, dtype))
         model = self._engine.model
         limit = resolve.position_limit(model)
         self.prompt = resolve.prompt_for(model, config)
@@ -303,24 +304,13 @@ class Encoder:
         tokens = int(window.n_tokens[row[0]])
         if engine.device.type != "cpu":
             logger.warning("a row of %d tokens does not fit on %s; computing it on the CPU", tokens, engine.device)
-            in_flight = self._launch(self._cpu_engine(), window, row)
+            in_flight = self._launch(self._loader.cpu(self._engine), window, row)
             if in_flight is not None:
                 return in_flight
         raise DataError(
             f"out of memory: row {row[0]} of the window, alone in its batch, has {tokens} tokens; "
             f"lower --max-length (now {self.max_length}) or use a machine with more memory"
         )
-
-    def _load(self, device: torch.device, dtype: torch.dtype) -> Engine:
-        config = self.config
-        model = loading.load(self._files, device=str(device), dtype=dtype, trust_remote_code=config.trust_remote_code)
-        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-        budget = config.token_budget or default_token_budget(device.type, memory)
-        width = config.dimensions or model.truncate_dim
-        return Engine(
-            model, device, dtype, token_budget=budget, normalize=config.normalize, dimensions=width,
-            heads=self._heads.of(model, device, dtype),
-        )  # fmt: skip
 
     @property
     def token_budget(self) -> int:
@@ -333,26 +323,9 @@ class Encoder:
         self.dtype = str(engine.dtype).removeprefix("torch.")
 
     def _float32_engine(self) -> Engine:
-        """The model loaded again from its files, with exact weights; on the CPU if the device cannot hold both."""
         if self._engine.precision != self.dtype:  # OpenVINO with faster products
             return self._engines.reference
-        if "float32" not in self._fallback_engines:
-            try:
-                engine = self._load(self._engine.device, torch.float32)
-                engine.token_budget = max(1, engine.token_budget // 4)  # twice the bytes per token, and two models
-                self._fallback_engines["float32"] = engine
-            except torch.OutOfMemoryError:
-                logger.warning(
-                    "the model in float32 does not fit on %s beside the %s one; using the CPU", self.device, self.dtype
-                )
-        return self._fallback_engines.get("float32") or self._cpu_engine()
-
-    def _cpu_engine(self) -> Engine:
-        if self._engine.device.type == "cpu" and self._engine.dtype == torch.float32:
-            return self._engine
-        if "cpu" not in self._fallback_engines:
-            self._fallback_engines["cpu"] = self._load(torch.device("cpu"), torch.float32)
-        return self._fallback_engines["cpu"]
+        return self._loader.float32(self._engine)
 
     def _check_sentences(self) -> None:
         """Learn the width of a vector. Raise ConfigError if vectors are not finite, or do not tell sentences apart."""
@@ -380,7 +353,7 @@ class Encoder:
             if self.config.dtype == "auto":
                 logger.info("the model overflows in %s; using float32", self.dtype)
                 engine = self._float32_engine()
-                self._fallback_engines.clear()
+                self._loader.forget()
                 engine.token_budget = self._engine.token_budget
                 self._use(engine)
         noise = 1e-5 if self._engine.dtype == torch.float32 else 1e-3
