@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import bge_m3
@@ -20,7 +21,7 @@ from whole_job import outputs, run, write
 from embed import saving
 from embed.config import EmbedConfig
 from embed.data import windows
-from embed.data.chunks import ModelInfo
+from embed.data.chunks import PENDING, ModelInfo
 from embed.data.token_outputs import TokenOutputs
 from embed.job import chunks_identity, embed, output_identity
 from embed.model import Encoder, Status, loading
@@ -295,6 +296,25 @@ def test_the_heads_files_of_a_hub_model_are_fetched_only_when_they_are_needed(m3
     assert not [name for name in asked if "linear" in name]
     Encoder(EmbedConfig(model="BAAI/bge-m3", device="cpu", sparse=True))
     assert asked[-2:] == ["sparse_linear.pt", "sparse_linear.safetensors"]
+
+
+def test_rows_that_an_earlier_attempt_saved_keep_their_values_when_their_batch_is_computed_again(m3):
+    encoder = Encoder(EmbedConfig(model=str(m3), device="cpu", engine="torch", **BOTH))
+    window = encoder.tokenize(["el barco zarpa", "mar y puerto"])
+    whole = encoder.encode(window)
+    saved = TokenOutputs(
+        starts=whole.tokens.starts,
+        ids=whole.tokens.ids,
+        weights=whole.tokens.weights + 1,
+        vectors=whole.tokens.vectors + 1,
+    )
+    prior = replace(whole, status=np.array([Status.OK, PENDING], np.uint8), tokens=saved)
+    resumed = encoder.encode(window, prior=prior).tokens
+    first = slice(0, int(window.n_tokens[0]))
+    rest = slice(first.stop, None)
+    assert np.array_equal(resumed.vectors[first], saved.vectors[first])
+    assert np.array_equal(resumed.weights[first], saved.weights[first])
+    assert np.array_equal(resumed.vectors[rest], whole.tokens.vectors[rest])
 
 
 def test_rows_of_a_partial_chunk_are_found_again_whatever_rows_are_taken_from_it():

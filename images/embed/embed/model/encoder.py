@@ -244,7 +244,7 @@ class Encoder:
             computed = vectors_of(engine, batch)
             is_invalid = engine.invalid(computed)
             if work.tokens is not None and batch.tokens is not None:
-                is_invalid |= batch.tokens.put_into(work.tokens, batch.rows)
+                is_invalid |= batch.tokens.put_into(work.tokens, batch.rows, ~done[batch.rows])
             invalid.append(batch.rows[is_invalid])
             work.add(batch, computed, is_invalid, is_again=is_again)
             return batch.padded_tokens

@@ -44,8 +44,8 @@ class BatchTokens:
             vectors_NW=None if self.vectors_NW is None else copy(self.vectors_NW),
         )
 
-    def put_into(self, window: TokenOutputs, rows: np.ndarray) -> np.ndarray:
-        """Copy the values of the batch's rows. Returns bool[B]: one of a row's values is not finite."""
+    def put_into(self, window: TokenOutputs, rows: np.ndarray, is_fresh: np.ndarray) -> np.ndarray:
+        """Copy the values of the batch's rows that are fresh. Returns bool[B]: one of a row's values is not finite."""
         lengths = np.diff(window.starts)[rows]
         is_bad = np.zeros(int(lengths.sum()), bool)
         weights = vectors = None
@@ -55,7 +55,12 @@ class BatchTokens:
         if self.vectors_NW is not None:
             vectors = self.vectors_NW.numpy()
             is_bad |= ~np.isfinite(vectors).all(axis=1)
-        window.put(rows, weights, vectors)
+        of_fresh = np.repeat(is_fresh, lengths)
+        window.put(
+            rows[is_fresh],
+            None if weights is None else weights[of_fresh],
+            None if vectors is None else vectors[of_fresh],
+        )
         return np.logical_or.reduceat(is_bad, np.cumsum(lengths) - lengths)
 
 
