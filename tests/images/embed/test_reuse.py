@@ -153,6 +153,8 @@ def test_vectors_that_were_rounded_are_refused_where_more_bits_are_needed(root, 
     run(tiny_model, output_path=str(root / "half"), embedding_dtype="float16", **old)
     with pytest.raises(ConfigError, match="--embedding-dtype float16 there and float32 here"):
         run(tiny_model, reuse=str(root / "half"))
+    with pytest.raises(ConfigError, match="--embedding-dtype float16 there and int8 here"):
+        run(tiny_model, reuse=str(root / "half"), embedding_dtype="int8")
     again = run(tiny_model, reuse=str(root / "half"), embedding_dtype="float16")
     assert again["rows"]["computed_in_this_attempt"] == 2
     assert vectors_by_text(root / "half") == vectors_by_text(root / "output/data")

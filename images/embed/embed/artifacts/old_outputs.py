@@ -83,8 +83,8 @@ class OldOutputs:
             wrong.append(
                 f"--embedding-dtype {self.dtype} there, of which only {' and '.join(VECTOR_DTYPES)} can be reused"
             )
-        elif (self.dtype, config.embedding_dtype) == ("float16", "float32"):
-            wrong.append("--embedding-dtype float16 there and float32 here, which needs more bits")
+        elif self.dtype == "float16" != config.embedding_dtype:  # int8 and binary would be rounded twice
+            wrong.append(f"--embedding-dtype float16 there and {config.embedding_dtype} here, which needs more bits")
         if wrong:
             raise ConfigError(
                 f"--reuse {self.location}: its vectors are not those of this job ({'; '.join(wrong)}); pass the same "
