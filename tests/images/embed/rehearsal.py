@@ -72,7 +72,9 @@ def make_input(folder: Path, *, files: int, rows: int, seed: int) -> int:
     largest = 0
     for index in range(files):
         count = dice.randint(rows // 2, rows * 3 // 2)
-        texts: list[str | None] = [" ".join(dice.choices(WORDS, k=dice.randint(1, 60))) for _ in range(count)]
+        texts: list[str | None] = [
+            f"{index} {row} " + " ".join(dice.choices(WORDS, k=dice.randint(1, 60))) for row in range(count)
+        ]
         texts[count // 3], texts[count // 2] = None, " "
         table = pa.table({"id": pa.array(range(count), pa.int64()), "texto": pa.array(texts, pa.string())})
         path = folder / (f"puerto-{index % 3}" if index % 2 else ".") / f"f{index:03d}.parquet"
