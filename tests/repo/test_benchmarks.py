@@ -29,6 +29,7 @@ SMALLEST = {
     "embed_memory": "--gigabytes 0.02",
     "embed_peers": "--tiny",
     "embed_precision": "--rows 100 --queries 10",
+    "embed_reuse": "--rows 500",
     "embed_speed": "--rows 40 --rounds 1",
     "finetune_throughput": "--tiny --rounds 1 --answers 4",
     "hdf5_s3": "--rounds 1 --seconds 0.5 --sessions 2 --peers local,ours_cold",
