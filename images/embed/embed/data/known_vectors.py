@@ -112,6 +112,6 @@ class KnownVectors:
     def vectors(self, places: np.ndarray) -> np.ndarray:
         """float32[len(places), dimensions], exactly as stored."""
         vectors = np.empty((len(places), self._known.dimensions), self._known.dtype)
-        for vector, place in zip(vectors, places.tolist(), strict=True):
-            os.preadv(self._file.fileno(), [vector.data], place * self._known.row_bytes)
+        for vector, place in zip(vectors, places, strict=True):
+            os.preadv(self._file.fileno(), [vector.data], int(place) * self._known.row_bytes)
         return vectors.astype(np.float32)
