@@ -21,7 +21,8 @@ from whole_job import outputs, run, write
 
 from embed import saving
 from embed.data import windows
-from embed.data.chunks import PENDING, Coverage, Encoded, RowRange, file_key, partial_key_of, to_bytes
+from embed.data.chunks import PENDING, Coverage, Encoded, RowRange, file_key, partial_key_of, partial_to_bytes, to_bytes
+from embed.data.partials import read_partial
 from embed.data.rows import RangeLimits
 from embed.data.table import Table
 from embed.data.windows import tasks_of, text_windows, window_rows
@@ -340,6 +341,18 @@ def test_partial_chunks_of_earlier_versions_are_used(root, inputs, tiny_model, m
     found = np.array(outputs(root)["embeddings"].to_pylist(), np.float32)
     assert np.array_equal(found[:10], vectors[:10]) and np.allclose(found[10:], encoded.vectors[10:], atol=1e-6)
     assert not list((root / "checkpoints").rglob("*-partial.*.piece"))
+
+
+def test_a_partial_chunk_of_an_earlier_version_without_a_finished_row_stands_beside_others():
+    def saved(status: int) -> bytes:
+        rows = {"vectors": np.ones((2, 4), np.float32), "n_tokens": np.full(2, 3, np.int32)}
+        flags = {"status": np.full(2, status, np.uint8), "truncated": np.zeros(2, bool)}
+        return bytes(partial_to_bytes(Encoded(**rows, **flags, padded_tokens=0)))
+
+    keys = [f"0123456789abcdef/000000-{start:012d}-00000002-partial" for start in (0, 2)]
+    partials = [read_partial(key, saved(status)) for key, status in zip(keys, (PENDING, 0), strict=True)]
+    assert partials[0].batch.schema == partials[1].batch.schema
+    assert [partial.batch.num_rows for partial in partials] == [0, 2]
 
 
 def config_of(model: Path):
