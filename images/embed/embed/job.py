@@ -73,7 +73,9 @@ def embed(config: EmbedConfig, job: Job, stop: Stop) -> None:
     with checkpoint_store(config, job) as (saved, is_resumed):
         location = stop.unless_stopped(lambda: local_model(config), NOTHING_COMPUTED)
         try:
-            first = first_texts(found.store, found.tables, config.text_column)
+            first = stop.unless_stopped(
+                lambda: first_texts(found.store, found.tables, config.text_column), NOTHING_COMPUTED
+            )
             pool = start_pool(config.model_copy(update={"model": location}), found.store.url, first, stop)
         except ConfigError as error:  # the user knows the address, and not the directory that it was copied to
             raise ConfigError(str(error).replace(location, config.model)) from error

@@ -9,6 +9,7 @@ import os
 import queue
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -109,12 +110,14 @@ class MultiProcess:
             )
             process.start()
             self._processes.append(process)
+        models: list[ModelInfo] = []
         for _ in devices:
             model = self._next_event(stop)
             if model is None:
                 self.close()
                 raise stop.interrupted(NOTHING_COMPUTED)
-            self.model: ModelInfo = model
+            models.append(model)
+        self.model, self._engine = _common(models)
         self._known: KnownFile | None = None
 
     def read_old_outputs(self, old: OldOutputs, should_stop: Callable[[], bool]) -> None:
@@ -132,6 +135,7 @@ class MultiProcess:
         earlier: Mapping[str, Any] | None = None,
     ) -> None:
         """Compute the tasks. `emit` is called from this thread."""
+        earlier = self._engine or earlier
         for task in tasks:
             self._tasks.put(((chunks.store.url, chunks.prefix, earlier, self._known), task))
         remaining = len(tasks)
@@ -176,6 +180,19 @@ class MultiProcess:
                 raise event
             return event
         return None
+
+
+def _common(models: Sequence[ModelInfo]) -> tuple[ModelInfo, dict[str, Any] | None]:
+    """The model of all workers, and torch as their engine if they did not all choose the same one.
+
+    OpenVINO needs memory, which may have been left to some of them only. Which worker computes a row depends on time,
+    and its vector must not.
+    """
+    if len({model.engine for model in models}) == 1:
+        return models[0], None
+    engine, dtype = f"torch {torch.__version__}", models[0].dtype
+    logger.warning(f"not every worker can use OpenVINO; {engine} computes in all of them")
+    return replace(models[0], engine=f"{engine}, {dtype}"), {"engine": engine, "dtype": dtype}
 
 
 def _serve(

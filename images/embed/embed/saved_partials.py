@@ -22,24 +22,29 @@ class SavedPartials:
         """Rows in the partial chunks of this attempt, and in all with passages, by key."""
         self._found: dict[str, Places] = {}
         """The rows in those of earlier attempts."""
+        self._shared: set[str] = set()
+        """Those with rows of files that are another host's, now that the files are shared among other hosts."""
 
     def open(self, files: Iterable[str], coverages: Mapping[str, Coverage]) -> None:
         """Read what earlier attempts left of files, which are named by key."""
         known = set(files)
         for key in filter(is_partial, self._chunks.keys()):
-            if (data := self._chunks.load(key)) is None:
+            if self._has_passages and key.split("/")[0] not in coverages:
+                continue
+            if (data := self._chunks.load(key, may_be_gone=True)) is None:  # another host's window may be complete
                 continue
             if self._has_passages:
-                if key.split("/")[0] in coverages:
-                    self._rows[key] = rows_done_of(from_bytes(data))
+                self._rows[key] = rows_done_of(from_bytes(data))
             elif known.intersection((places := read_partial(key, data).places).files):  # or another host's
                 self._found[key] = places
+                if not places.files <= known:
+                    self._shared.add(key)
         self.drop_replaced(coverages)
 
     def drop_replaced(self, coverages: Mapping[str, Coverage]) -> None:
         """Delete the partial chunks of earlier attempts whose rows all have chunks."""
         for key, places in list(self._found.items()):
-            if not places.rows_in(coverages):
+            if key not in self._shared and not places.rows_in(coverages):
                 self._chunks.drop([key])
                 del self._found[key]
 
@@ -61,8 +66,9 @@ class SavedPartials:
         return list(self._found)
 
     def names_for(self, task: Task) -> tuple[tuple[str, str], ...]:
-        """Key and name of those with rows of the task's files."""
-        files = {file_key(item.table) for item in task.row_groups}
-        keys = [key for key, places in self._found.items() if files.intersection(places.files)]
+        """Key and name of those with rows of the task's row groups, or with passages, files."""
+        row_groups = {(file_key(item.table), item.row_group) for item in task.row_groups}
+        files = {file for file, _ in row_groups}
+        keys = [key for key, places in self._found.items() if row_groups & places.rows.keys()]
         keys += [key for key in self._rows if key.split("/")[0] in files]
         return tuple((key, self._chunks.name_of(key)) for key in keys if key in self._chunks)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from embed.data.chunks import Encoded, Status, batch_bytes, file_key, key_of, partial_batch, to_batch
-from embed.data.partials import Prior, key_of_partial, partial_bytes, prior_of, read_partial
+from embed.data.partials import Places, Prior, key_of_partial, partial_bytes, prior_of, read_partial
 from embed.data.passages import Passages
 from embed.data.windows import Part
 from embed.events import ChunkSaved, Event, PartialSaved, PartialsReplaced, RowsComputed, TaskDone
@@ -67,11 +67,19 @@ class Saver:
         self._finished = self._durable = 0
         self._partials: list[str] = []
         """Keys of this attempt's partial chunks of the window that is being computed."""
+        self._places: dict[str, Places] = {}
+        """The rows in those of earlier attempts, so that each is read for its own windows only."""
 
     def prior_of(self, item: WorkWindow) -> Prior:
         """What earlier attempts saved of a window."""
-        saved = [(key, self._chunks.load(key)) for key in item.partials if key in self._chunks]
-        partials = [read_partial(key, data) for key, data in saved if data is not None]
+        partials = []
+        for key in item.partials:
+            places = self._places.get(key)
+            is_elsewhere = places is not None and not places.are_in(item.parts)
+            if is_elsewhere or key not in self._chunks or (data := self._chunks.load(key)) is None:
+                continue
+            partials.append(read_partial(key, data))
+            self._places[key] = partials[-1].places
         return prior_of(partials, item.parts, item.window.n_tokens)
 
     @property

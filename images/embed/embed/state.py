@@ -182,14 +182,15 @@ class JobState:
         return [(path, rows) for path, rows in found if rows]
 
     def computed_by(self) -> dict[str, Any] | None:
-        """What computed the saved rows of a file that is not finished; None if there are none."""
+        """The engine of the job that saved rows of a file that is not finished; None if there are none."""
         files = [f"{file_key(item.table)}/" for item in self.files.values() if item.state is State.TODO]
         for key in (*self._partials.keys(), *(key for file in files for key in self.chunks.keys(file))):
             data = self.chunks.load(key)
             engines = computed_by(from_bytes(data)) if data is not None else []
             engines = [engine for engine in engines if engine["engine"] != REUSED]
             if engines:
-                return engines[-1]
+                found: dict[str, Any] = engines[-1].get("instead_of", engines[-1])
+                return found
         return None
 
     # --- remaining work ----------------------------------------------------------------------------------------

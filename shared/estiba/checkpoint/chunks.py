@@ -74,8 +74,11 @@ class ChunkStore:
         for key in keys:
             self._names.pop(key, None)
 
-    def load(self, key: str) -> bytes | None:
-        """Return the verified bytes, or None if the chunk is absent or was quarantined."""
+    def load(self, key: str, *, may_be_gone: bool = False) -> bytes | None:
+        """Return the verified bytes, or None if the chunk is absent or was quarantined.
+
+        `may_be_gone` if another process may have dropped it since it was listed, which is no fault.
+        """
         path = self._names.get(key)
         if path is None:
             return None
@@ -85,6 +88,9 @@ class ChunkStore:
             data = self.store.read(path)
             problem = None if digest_of(data) == match["digest"] else "its bytes do not match its digest"
         except StoreError as error:
+            if may_be_gone and self.store.head(path) is None:
+                self._names.pop(key, None)
+                return None
             data, problem = b"", str(error)
         if problem is None:
             return data

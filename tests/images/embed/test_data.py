@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embed.data import files
+from embed.data import rows as reading
 from embed.data.chunks import (
     Coverage,
     Encoded,
@@ -25,9 +26,9 @@ from embed.data.chunks import (
     range_of,
     to_bytes,
 )
-from embed.data.rows import SCAN_BYTES, RangeLimits, record_batches, text_ranges
+from embed.data.rows import SCAN_BYTES, RangeLimits, first_texts, record_batches, text_ranges
 from embed.data.table import BadFile, InputFile, Table
-from estiba.errors import ConfigError, DataError
+from estiba.errors import ConfigError, DataError, StoreError
 from estiba.storage import FileStore
 
 
@@ -218,3 +219,27 @@ def test_memory_does_not_grow_with_the_row_group(tmp_path):
             rows_read += batch.num_rows
             assert pool.bytes_allocated() - before < 4 * SCAN_BYTES
     assert rows_read == rows and isinstance(file, io.BufferedReader)
+
+
+def test_the_first_texts_are_those_of_the_first_row_group_that_can_be_read(tmp_path, monkeypatch):
+    """Whatever a reader raises is that file's fault, but an S3 server that does not answer says nothing of a file."""
+    tables = [table_of(tmp_path, {"texto": [None, f"{name} uno", " "]}, f"{name}.parquet") for name in "ab"]
+    store, original = FileStore(tmp_path), reading.texts_of
+    assert first_texts(store, tables, "texto") == ["a uno"]
+
+    def texts_of(batch: pa.RecordBatch, column: str) -> list[str | bytes | None]:
+        found = original(batch, column)
+        if "a uno" in found:
+            raise pa.ArrowInvalid("index out of bounds")
+        return found
+
+    monkeypatch.setattr(reading, "texts_of", texts_of)
+    assert first_texts(store, tables, "texto") == ["b uno"]
+    monkeypatch.setattr(FileStore, "is_durable", True)
+
+    def unanswered(*_: object, **__: object) -> None:
+        raise StoreError("no answer in three minutes")
+
+    monkeypatch.setattr(FileStore, "open", unanswered)
+    with pytest.raises(StoreError, match="no answer"):
+        first_texts(store, tables, "texto")

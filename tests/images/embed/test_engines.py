@@ -14,9 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rehearsal import compare
+from test_windows import Killed, kill_at
 from whole_job import run
 
 from embed.config import EmbedConfig
+from embed.data import windows
 from embed.model import Encoder, engines, openvino
 from embed.model.openvino import EngineError, NotConvertible, OpenVinoEngine
 from estiba.errors import ConfigError, DataError
@@ -169,6 +172,25 @@ def test_windows_with_longer_rows_than_the_engine_can_compute_are_left_to_torch(
     asked.choose_engine(short)
     with pytest.raises(ConfigError, match="pass --engine torch"):
         asked.choose_engine(wide)
+
+
+def test_a_resume_after_a_window_that_was_left_to_torch_keeps_the_engine_of_the_job(root, inputs, long, monkeypatch):
+    texts = ["barco " * 800, *(f"barco {index} " * (1 + index % 20) for index in range(179))]
+    pq.write_table(pa.table({"texto": texts}), inputs / "a.parquet", row_group_size=60)
+    monkeypatch.setattr(windows, "CPU_LIMITS", (60, 2**19))
+    alter(monkeypatch, reversed_, from_width=1500)
+    options = {"max_length": 2048, "batch_size": 16}
+    run(long, **options, output_path=str(root / "whole"), checkpoint_path=str(root / "other"))
+    with monkeypatch.context() as patched:
+        kill_at(patched, 5)  # the first batch of the second window
+        with pytest.raises(Killed):
+            run(long, **options)
+    assert run(long, **options)["rows"]["resumed"] == 60
+    assert compare(root / "whole", root / "output/data") == []
+    entries = json.loads(pq.read_metadata(root / "output/data/a.parquet").metadata[b"estiba.computed_by"])
+    found = [(entry["row_groups"], engine["engine"].split()[0]) for entry in entries for engine in entry["engines"]]
+    assert found == [([0, 1], "torch"), ([1, 3], "openvino")]
+    assert entries[0]["engines"][0]["instead_of"]["engine"] == entries[1]["engines"][0]["engine"]
 
 
 def test_a_batch_that_the_engine_cannot_compute_ends_the_job_with_a_remedy(tiny, monkeypatch):

@@ -426,6 +426,25 @@ def test_rows_that_overflow_in_half_precision_are_computed_in_float32(
     assert_same_directions(vectors_of(encoder, texts), peer(model).encode_document(texts))
 
 
+def test_rows_of_two_batches_that_overflow_share_none_in_float32(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed job does not compute saved rows, and so does not learn which of them overflowed."""
+    encoder = encoder_of(tiny, dtype="float16", batch_size=2)
+    break_rows(monkeypatch, (torch.float16,), float("inf"), [0, 2])
+    launch, batches = Engine.launch, []
+
+    def launched(engine: Engine, features: Features, batch: np.ndarray) -> InFlight:
+        if engine.dtype == torch.float32:
+            batches.append(batch.tolist())
+        return launch(engine, features, batch)
+
+    monkeypatch.setattr(Engine, "launch", launched)
+    window = encoder.tokenize(["barco " * count for count in (40, 30, 20, 10)])
+    whole = encoder.encode(window)
+    resumed = encoder.encode(window, not_needed=np.array([True, True, False, False]))
+    assert batches == [[0], [2], [2]]
+    assert np.array_equal(whole.vectors[2:], resumed.vectors[2:])
+
+
 def test_auto_uses_float32_for_a_model_that_overflows_in_half_precision(
     minilm: Path, tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

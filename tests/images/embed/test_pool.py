@@ -14,7 +14,7 @@ import pytest
 
 from embed import pool
 from embed.config import EmbedConfig
-from embed.data.chunks import Coverage
+from embed.data.chunks import Coverage, ModelInfo
 from embed.data.files import inspect
 from embed.data.table import InputFile, Table
 from embed.data.windows import Task, tasks_of
@@ -110,3 +110,13 @@ def test_a_worker_that_cannot_save_says_so_while_it_waits_for_its_next_task(serv
     events = serve(queue.Queue(), TaskDone, GROUPS)
     assert isinstance(events[-1], StoreError)
     assert [event.row_group for event in events if isinstance(event, TaskDone)] == [0, 1]
+
+
+def test_workers_that_chose_different_engines_all_compute_by_torch():
+    """OpenVINO needs memory, which may be left to some of them only."""
+    info = {"identity": {}, "dimensions": 8, "device": "cpu", "dtype": "float32", "token_budget": 9}
+    fast, slow = (ModelInfo(engine=engine, **info) for engine in ("openvino 1, bfloat16", "torch 2, float32"))
+    assert pool._common([fast, fast]) == (fast, None)
+    model, engine = pool._common([fast, slow])
+    assert engine is not None and engine["engine"].startswith("torch ") and engine["dtype"] == "float32"
+    assert model.engine == f"{engine['engine']}, float32"

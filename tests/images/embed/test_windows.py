@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,13 +19,16 @@ from rehearsal import WORDS, compare
 from test_data import inspected
 from whole_job import outputs, run, write
 
+from embed import saving
 from embed.data import windows
-from embed.data.chunks import PENDING, Coverage, Encoded, RowRange, file_key, partial_key_of, to_bytes
+from embed.data.chunks import PENDING, Coverage, Encoded, RowRange, file_key, partial_key_of, partial_to_bytes, to_bytes
+from embed.data.partials import read_partial
 from embed.data.rows import RangeLimits
 from embed.data.table import Table
 from embed.data.windows import tasks_of, text_windows, window_rows
 from embed.events import FileBroken
 from embed.model import Encoder
+from embed.saved_partials import SavedPartials
 from embed.saving import Saver
 from embed.state import JobState
 from estiba.checkpoint import ChunkStore
@@ -221,6 +225,57 @@ def test_nothing_but_chunks_is_left_at_the_end(root, inputs, tiny_model, monkeyp
     assert not list((root / "checkpoints").rglob("*-partial.*.piece"))
 
 
+def test_a_partial_chunk_with_rows_of_another_hosts_file_is_left_to_that_host(root, inputs, tiny_model, monkeypatch):
+    """Hosts that share a checkpoint prefix on S3, after an attempt on another number of hosts."""
+    three_files(inputs)
+    with monkeypatch.context() as patched:
+        kill_at(patched, 6)
+        with pytest.raises(Killed):
+            run(tiny_model, batch_size=12)
+    (folder,) = (root / "checkpoints").glob("embed-*")
+    found = list(folder.rglob("*-partial.*.piece"))
+    files = [file_key(table) for table in tables_of(inputs)]
+
+    def opened(known: list[str]) -> list[Path]:
+        chunks = ChunkStore(FileStore(root / "checkpoints"), f"{folder.name}/pieces")
+        SavedPartials(chunks, has_passages=False).open(known, {})  # all their files are complete
+        return list(folder.rglob("*-partial.*.piece"))
+
+    assert found and opened(files[:1]) == found
+    assert opened(files) == []
+
+
+def test_a_partial_chunk_that_another_host_replaced_since_it_was_listed_is_no_fault(tmp_path, caplog):
+    chunks = ChunkStore(FileStore(tmp_path), "pieces")
+    name = chunks.commit("windows/0123456789abcdef-partial", b"x")
+    (tmp_path / name).unlink()
+    SavedPartials(chunks, has_passages=False).open([], {})
+    assert "quarantined" not in caplog.text and chunks.keys() == []
+    chunks.adopt("a", name)
+    assert chunks.load("a") is None and "quarantined" in caplog.text
+
+
+def test_a_partial_chunk_is_read_for_its_own_windows_only(root, inputs, tiny_model, monkeypatch):
+    pq.write_table(pa.table({"texto": texts_of(1000, 1)}), inputs / "a.parquet")
+    monkeypatch.setattr(windows, "CPU_LIMITS", (100, 2**19))
+    with monkeypatch.context() as patched:
+        patched.setattr(saving, "PARTIAL_S", 0.0)
+        kill_at(patched, 8)
+        with pytest.raises(Killed):
+            run(tiny_model, batch_size=12)
+    read: list[str] = []
+    load = ChunkStore.load
+
+    def loaded(self, key, **options):
+        read.append(key)
+        return load(self, key, **options)
+
+    monkeypatch.setattr(ChunkStore, "load", loaded)
+    assert run(tiny_model, batch_size=12)["rows"]["resumed"] > 0
+    times = Counter(key for key in read if key.startswith("windows/"))
+    assert times and max(times.values()) <= 3  # to find its rows, its engine, and for its window
+
+
 def test_files_that_are_complete_share_the_windows_of_the_others_in_a_resumed_job(
     root, inputs, tiny_model, monkeypatch
 ):
@@ -286,6 +341,18 @@ def test_partial_chunks_of_earlier_versions_are_used(root, inputs, tiny_model, m
     found = np.array(outputs(root)["embeddings"].to_pylist(), np.float32)
     assert np.array_equal(found[:10], vectors[:10]) and np.allclose(found[10:], encoded.vectors[10:], atol=1e-6)
     assert not list((root / "checkpoints").rglob("*-partial.*.piece"))
+
+
+def test_a_partial_chunk_of_an_earlier_version_without_a_finished_row_stands_beside_others():
+    def saved(status: int) -> bytes:
+        rows = {"vectors": np.ones((2, 4), np.float32), "n_tokens": np.full(2, 3, np.int32)}
+        flags = {"status": np.full(2, status, np.uint8), "truncated": np.zeros(2, bool)}
+        return bytes(partial_to_bytes(Encoded(**rows, **flags, padded_tokens=0)))
+
+    keys = [f"0123456789abcdef/000000-{start:012d}-00000002-partial" for start in (0, 2)]
+    partials = [read_partial(key, saved(status)) for key, status in zip(keys, (PENDING, 0), strict=True)]
+    assert partials[0].batch.schema == partials[1].batch.schema
+    assert [partial.batch.num_rows for partial in partials] == [0, 2]
 
 
 def config_of(model: Path):

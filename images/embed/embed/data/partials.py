@@ -7,7 +7,7 @@ time, under a key of the range; these are still read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,14 @@ class Places:
     def files(self) -> set[str]:
         return {file for file, _ in self.rows}
 
+    def are_in(self, parts: Iterable[Part]) -> bool:
+        """Whether one of them is in one of the parts."""
+        return any(
+            ((part.row_range.start <= rows) & (rows < part.row_range.end)).any()
+            for part in parts
+            if (rows := self.rows.get((file_key(part.table), part.row_range.row_group))) is not None
+        )
+
     def rows_in(self, coverages: Mapping[str, Coverage]) -> int:
         """How many of them have no chunk in these files, which are named by key."""
         return sum(
@@ -108,7 +116,7 @@ def read_partial(key: str, data: bytes) -> Partial:
     row_range = range_of(key.removesuffix(PARTIAL))
     if row_range is not None:  # of an earlier version
         rows = np.flatnonzero(batch.column("status").to_numpy() == Status.OK)
-        files = pa.array([key.split("/")[0]] * len(rows))
+        files = pa.array([key.split("/")[0]] * len(rows), pa.string())  # there may be none
         row_groups = np.full(len(rows), row_range.row_group)
         batch = _with_places(batch.take(pa.array(rows)), files, row_groups, row_range.start + rows)
     return Partial(batch=batch, engines=engines)

@@ -15,7 +15,7 @@ from embed.data.chunks import MissingRows
 from embed.data.files import READ_AS, file_faults
 from embed.data.identity import open_unchanged, require_same
 from embed.data.table import Table
-from estiba.errors import DataError, StoreError
+from estiba.errors import DataError
 from estiba.storage import Store
 
 SCAN_BYTES = 4 * 2**20
@@ -133,10 +133,13 @@ def text_ranges(store: Store, rows: MissingRows, column: str, limits: RangeLimit
 
 
 def first_texts(store: Store, tables: Sequence[Table], column: str, count: int = 16) -> list[str]:
-    """The first texts of the first file that has one; none if that file cannot be read."""
+    """The first texts of the first row group that has one at its beginning and can be read; none if there is none.
+
+    Raises StoreError if S3 does not answer.
+    """
     for table in tables:
         for row_group, rows in enumerate(table.row_group_rows):
-            with contextlib.suppress(DataError, StoreError), open_unchanged(store, table) as file:
+            with contextlib.suppress(DataError), open_unchanged(store, table) as file, file_faults(table, row_group):
                 batch = next(record_batches(file, table, row_group, [column]), None) if rows else None
                 values = texts_of(batch, column) if batch else []
                 if found := [text for text in values if isinstance(text, str) and text.strip()][:count]:

@@ -111,14 +111,17 @@ class Encoder:
         self._use(self._engines.for_width(1))
 
     @property
-    def computed_by(self) -> dict[str, str | int]:
+    def computed_by(self) -> dict[str, Any]:
         """What the last bits of a vector depend on, beside the model."""
-        is_cpu = self._engine.device.type == "cpu"
+        is_cpu, best = self._engine.device.type == "cpu", self._engines.best
+        # A resume continues with the engine of the job, and not with the one of a window with long rows.
+        chosen = {} if self._engine is best else {"instead_of": {"engine": best.version, "dtype": best.precision}}
         return {
             "engine": self._engine.version,
             "dtype": self._engine.precision,
             "hardware": cpu_name() if is_cpu else torch.cuda.get_device_name(self._engine.device),
             "threads": self._engine.threads,
+            **chosen,
         }
 
     @property
@@ -202,14 +205,18 @@ class Encoder:
             limits=limits,
             again=again,
         )
-        invalid, padded_tokens = self._encode_rows(self._engine, work, rows, should_stop)
-        if len(invalid) and not self._engine.is_exact:
-            # Half precision overflows on some texts with some models. Only these rows are computed again.
-            precision = self._engine.precision
-            logger.info("%d of %d vectors overflowed in %s; using float32 for them", len(invalid), len(rows), precision)
-            invalid, more = self._encode_rows(self._float32_engine(), work, invalid, should_stop, is_again=True)
-            padded_tokens += more
-        invalid = division.with_copies(invalid)
+        by_batch, padded_tokens = self._encode_rows(self._engine, work, rows, should_stop)
+        if by_batch and not self._engine.is_exact:
+            # Half precision overflows on some texts with some models. Only these rows are computed again, those of each
+            # batch together: a resumed job does not learn which rows of the batches that it leaves out overflowed.
+            count, precision = sum(map(len, by_batch)), self._engine.precision
+            logger.info("%d of %d vectors overflowed in %s; using float32 for them", count, len(rows), precision)
+            engine, overflowed, by_batch = self._float32_engine(), by_batch, []
+            for batch in overflowed:
+                left, more = self._encode_rows(engine, work, batch, should_stop, is_again=True)
+                by_batch += left
+                padded_tokens += more
+        invalid = division.with_copies(np.concatenate([rows[:0], *by_batch]))
         division.fill(vectors, tokens, known)
         status, n_tokens, truncated = window.status.copy(), window.n_tokens.copy(), window.truncated.copy()
         vectors[invalid] = 0
@@ -229,8 +236,8 @@ class Encoder:
         should_stop: Callable[[], bool],
         *,
         is_again: bool = False,
-    ) -> tuple[np.ndarray, int]:
-        """Fill work.vectors[rows]. Returns the rows whose vector is invalid, and the padded tokens computed."""
+    ) -> tuple[list[np.ndarray], int]:
+        """Fill work.vectors[rows]. Returns the rows of each batch whose vector is invalid, and the padded tokens."""
         window, done, has_room = work.window, work.done, work.limits.has_room
         max_rows = min(filter(None, (self.config.batch_size, work.limits.max_rows)), default=0)
         batches = pack(window.n_tokens, rows, lambda: engine.token_budget, max_rows, engine.multiple)
@@ -277,7 +284,7 @@ class Encoder:
             for each in in_flight:
                 with contextlib.suppress(Exception):
                     each.wait()
-        return np.concatenate(invalid) if invalid else rows[:0], padded_tokens
+        return [rows for rows in invalid if len(rows)], padded_tokens
 
     def _launch(self, engine: Engine, window: Window, batch: np.ndarray) -> InFlight | None:
         """None if memory ran out. The exception, whose frames hold the tensors, is freed when this returns."""

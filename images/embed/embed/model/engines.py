@@ -63,6 +63,11 @@ class Engines:
         self._best = engine
         self._of_width: dict[int, Engine] = {}
 
+    @property
+    def best(self) -> Engine:
+        """The one that was chosen for the job; windows with longer rows than it can compute have another one."""
+        return self._best
+
     def for_width(self, width: int) -> Engine:
         """The engine for windows whose longest row has `width` tokens: a traced model may be right for some only.
 
