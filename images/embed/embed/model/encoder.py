@@ -91,7 +91,7 @@ class Encoder:
             **self._heads.digests,
             **loading.versions(),
         }
-        if config.dtype == "float32":
+        if config.dtype == "float32" and device.type == "cpu":
             self.identity["products"] = "float32"  # so that work in lower precision is not taken for it
         if self._cutter is not None:
             self.identity |= {

@@ -130,10 +130,16 @@ class OpenVinoEngine(Engine):
     def launch(self, features: Features, rows: np.ndarray) -> InFlight:
         inputs = [features[name].numpy() for name in INPUTS if name in features]
         request = self._idle.pop() if self._idle else self._compiled.create_infer_request()
-        request.start_async(inputs, share_inputs=True)
+        error_at_start: list[RuntimeError] = []
+        try:
+            request.start_async(inputs, share_inputs=True)
+        except RuntimeError as error:
+            error_at_start.append(error)
 
         def finish() -> torch.Tensor:
             try:
+                if error_at_start:
+                    raise error_at_start[0]
                 request.wait()
                 output_BD = torch.from_numpy(request.get_output_tensor(0).data.copy())  # the next batch overwrites it
             except RuntimeError as error:
