@@ -381,6 +381,8 @@ def test_hosts_find_each_other_where_only_the_first_ones_address_is_known() -> N
 def test_two_jobs_of_aws_batch_are_told_apart_and_the_nodes_of_one_are_not() -> None:
     tokens = [token_of({"AWS_BATCH_JOB_ID": name}, [A, B]) for name in ("one#0", "one#1", "two#0")]
     assert tokens[0] == tokens[1] != tokens[2]
+    own = [token_of({"ESTIBA_JOB_TOKEN": name}, [A, B]) for name in ("team#one", "team#two")]
+    assert own[0] != own[1]
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 import zipfile
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from estiba.platform.script_environment import HOOKS
 from shared.script_hosts import Hosts
 
 ALONE = "localhost"
@@ -324,11 +326,44 @@ def test_an_exit_status_that_tee_hides_is_a_failure_without_a_launcher_too(job: 
     assert job.failure(ALONE).startswith("train.py ended with exit code 3"), job.failure(ALONE)
 
 
+def test_a_rank_that_ends_at_once_while_it_handles_an_exception_names_it(job: Hosts) -> None:
+    """As Estiba's workloads do. A lost connection must not look like an error of its own."""
+    job.write("train.py", "import os\ntry:\n    raise ValueError('loss is nan')\nexcept ValueError:\n    os._exit(1)\n")
+    job.write("x.sh", "python launcher.py 1 train.py | tee log.txt\n")
+    job.start("x.sh")
+    assert job.end() == [1], job.log(ALONE)
+    assert job.failure(ALONE).startswith("ValueError: loss is nan"), job.failure(ALONE)
+
+
+def test_the_hooks_work_from_a_pth_file_which_python_reads_before_it_makes_exit(tmp_path: Path) -> None:
+    """In an image estiba.pth comes first, and what it has begun sitecustomize does not do again."""
+    line = (HOOKS / "estiba.pth").read_text().replace("/opt/estiba/estiba/platform/hooks", str(HOOKS))
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/estiba.pth").write_text(line)
+    text = "import site, sys; site.addsitedir(sys.argv[1]); site.setquit(); import os; os.system('exit 3'); exit(4)"
+    environ = {**os.environ, "ESTIBA_RUN_DIR": str(tmp_path), "RANK": "0"}
+    command = [sys.executable, "-S", "-c", text, str(tmp_path / "site")]
+    assert subprocess.run(command, env=environ, check=False).returncode == 4
+    (rank,), (dropped,) = (
+        [json.loads(path.read_text()) for path in tmp_path.glob(f"{kind}-*.json")] for kind in ("rank", "dropped")
+    )
+    assert (rank["rank"], rank["code"], dropped["code"]) == (0, 4, 3)
+
+
 def test_an_exit_that_a_program_catches_is_none(job: Hosts) -> None:
     job.write("part.py", "raise SystemExit(3)\n")
     job.write("train.py", "import _thread, time\ntry:\n    import part\nexcept SystemExit:\n    pass\n"
               "def leave(): raise SystemExit(4)\n_thread.start_new_thread(leave, ())\ntime.sleep(0.2)\n")  # fmt: skip
     job.write("x.sh", "python train.py 2>&1 | tee log.txt\n")
+    job.start("x.sh")
+    assert job.end() == [0], job.log(ALONE) + job.failure(ALONE)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="Python before 3.12 shows a caught exit as one")
+@pytest.mark.parametrize("call", ["exit(3)", "sys.exit(3)"])
+def test_a_call_of_exit_that_a_rank_catches_is_none(job: Hosts, call: str) -> None:
+    job.write("train.py", f"import sys\ntry:\n    {call}\nexcept SystemExit:\n    pass\n")
+    job.write("x.sh", "python launcher.py 1 train.py | tee log.txt\n")
     job.start("x.sh")
     assert job.end() == [0], job.log(ALONE) + job.failure(ALONE)
 

@@ -55,8 +55,12 @@ class Addresses:
 
     def message(self) -> dict[str, Any]:
         """Return what this host tells the others about addresses."""
+        if not self._are_learned:
+            return {}
+        if self._current != self._hosts[0]:
+            return {"port": self._port}
         with self._lock:
-            return {"port": self._port, "addresses": dict(self._known)} if self._are_learned else {}
+            return {"addresses": dict(self._known)}
 
     def learn(self, host: str, message: Mapping[str, Any], caller: str | None) -> None:
         """Note what another host's message says; `caller` is the address it called from, if it called.

@@ -146,6 +146,16 @@ class HostAgent:
         """Return why ranks of another host are gone; None while all are there, or end in order after a stop."""
         return first(failure for failure in self._ends_of_others() if failure.kind != STOPPED)
 
+    def wait_until_heard(self, timeout_s: float) -> list[str]:
+        """Wait until every other host was heard once. Returns those that were not."""
+
+        def silent() -> list[str]:
+            return [host for host, peer in self.peers.items() if peer.heard_at is None]
+
+        with self._changed:
+            self._changed.wait_for(lambda: not silent(), timeout_s)
+            return silent()
+
     def wait_for_all(self, pause: Callable[[float], None], *, wait_s: float, refused_s: float, tell_s: float) -> None:
         """Wait until every other host is ready too. `pause` sleeps and may raise.
 
@@ -361,7 +371,10 @@ class HostAgent:
 
 def token_of(environ: Mapping[str, str], hosts: Sequence[str]) -> str:
     """Return what tells this job from others on its network: the same on all of its hosts."""
-    name = next(filter(None, map(environ.get, JOB_NAMES)), "").partition("#")[0]  # AWS Batch adds `#` and the node
+    variable = next(filter(environ.get, JOB_NAMES), "")
+    name = environ.get(variable, "")
+    if variable == "AWS_BATCH_JOB_ID":
+        name = name.partition("#")[0]  # `#` and the node
     return hashlib.sha256("\n".join([name, *sorted(hosts)]).encode()).hexdigest()
 
 

@@ -168,7 +168,7 @@ class Outcomes:
         if exception := record.get("exception"):
             lines = exception.splitlines()
             text = next(filter(_EXCEPTION_LINE.match, lines), lines[0])
-            kind = kind_of(exception)
+            kind = CONSEQUENCE if code == RanksLost.exit_code else kind_of(exception)
         elif code in (None, 128 + signal.SIGTERM, 128 + signal.SIGINT):
             text, kind = f"{record['program']} was killed", KILLED
         else:

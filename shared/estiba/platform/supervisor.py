@@ -41,6 +41,8 @@ AGENT_POLL_S = 0.5
 LOST_FILE = "ESTIBA_LOST_FILE"
 """Names the file that says why ranks of another host are gone. A rank that waits for them in a collective cannot handle
 SIGTERM."""
+WATCHED = "ESTIBA_HOSTS_WATCHED"
+"""Tells the ranks that PID 1 watches the other hosts. It has no agent if it knows of no others."""
 _PR_SET_CHILD_SUBREAPER = 36
 CHILD_ENVIRONMENT = {"GOMP_SPINCOUNT": "3000"}
 """Defaults for the child's environment.
@@ -85,7 +87,7 @@ class Supervisor:
         self.command = command
         self.failure_path = failure_path
         self.stop_s = max(1.0, grace_s - RESERVE_S)
-        self.environ = dict(os.environ if environ is None else environ)
+        self.environ = {**(os.environ if environ is None else environ), **({WATCHED: "1"} if agent is not None else {})}
         self.folder = folder
         self._child = 0
         self._status: int | None = None

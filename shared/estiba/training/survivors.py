@@ -76,6 +76,9 @@ class Survivors:
             if self._finished.wait(POLL_S):
                 return
         end = time.monotonic() + self._seconds_left()
+        reason = ""
+        with contextlib.suppress(OSError):  # the host's first rank removes the file when it ends
+            reason = path.read_text()
         if self._finished.wait(SETTLE_S) or not self._ending.acquire(blocking=False):
             return
         assert self._checkpoints is not None
@@ -84,14 +87,14 @@ class Survivors:
             self._checkpoints.close(max(0.0, end - time.monotonic()))
         finally:
             logger.error("%s", error)
-            self._write_failure(str(error), path.read_text())
+            self._write_failure(str(error), reason)
             os._exit(error.exit_code)  # the main thread waits for ranks that are gone
 
     def _write_failure(self, saved: str, reason: str) -> None:
         """Write what is safe, below the reason if `host_watch` wrote it already; PID 1 writes it at the end."""
         path = root_of() / "output/failure"
         written = (read_failure(path) or "").strip()
-        if written in ("", reason):  # else another rank told why it left
+        if not written or (reason and written.startswith(reason)):  # else another rank told why it left
             write_failure(path, "\n\n".join(filter(None, [written, saved])))
 
     def _seconds_left(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import sys
@@ -146,16 +147,28 @@ with watched_hosts(Job.read(), dist, Stop.from_environment()):
 """
 
 
-def test_a_rank_that_waits_for_a_lost_host_where_it_has_nothing_to_save_ends_after_the_grace_period(
-    tmp_path: Path,
-) -> None:
-    """While the model is loaded or written, for instance, below a torchrun that PID 1 did not start."""
+def ranks_of(program: str) -> Scheduler:
+    """One rank of torchrun on each of two hosts."""
 
-    def ranks(index: int, _port: str) -> tuple[list[str], dict[str, str]]:
+    def rank(index: int, _port: str) -> tuple[list[str], dict[str, str]]:
         of_host = {"RANK": str(index), "GROUP_RANK": str(index), "LOCAL_RANK": "0"}
-        return [sys.executable, "-c", WAITS], {**of_host, "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"}
+        return [sys.executable, "-c", program], {**of_host, "WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"}
 
+    return rank
+
+
+@pytest.mark.parametrize("has_file", [False, True])
+def test_a_rank_that_waits_for_a_lost_host_where_it_has_nothing_to_save_ends_after_the_grace_period(
+    tmp_path: Path, has_file: bool
+) -> None:
+    """While the model is loaded or written, for instance, below a torchrun that PID 1 did not start.
+
+    With the file, PID 1 is there and knows of one host only: a script of it started torchrun.
+    """
     environ = {"ESTIBA_HOST_LOST_S": "3", "ESTIBA_STOP_GRACE_S": "6"}
+    if has_file:
+        environ["ESTIBA_LOST_FILE"] = str(tmp_path / "of-pid-1")
+    ranks = ranks_of(WAITS)
     two = Hosts(tmp_path, 2, [], environ=environ, scheduler=ranks)
     for host in (0, 1):
         two.wait_for("watched", host)
@@ -167,6 +180,53 @@ def test_a_rank_that_waits_for_a_lost_host_where_it_has_nothing_to_save_ends_aft
         two.wait()
     assert two.failure().startswith("lost host node-1: no heartbeat for ")
     assert "this rank did not end within 2 s" in two.log()
+
+
+def test_hosts_find_each_other_where_the_platform_lists_them_in_another_order_than_torchrun(tmp_path: Path) -> None:
+    """MASTER_ADDR is the address of rank 0, and not of the first host in SageMaker's file. LOCAL_RANK may be unset."""
+
+    def rank(index: int, _port: str) -> tuple[list[str], dict[str, str]]:
+        names = ["algo-2", "algo-1"]
+        path = tmp_path / names[1 - index] / "input/config/resourceconfig.json"
+        path.write_text(json.dumps({"hosts": names, "current_host": names[1 - index]}))
+        return [sys.executable, "-c", WAITS], {"RANK": str(index), "WORLD_SIZE": "2"}
+
+    environ = {"ESTIBA_HOST_LOST_S": "3", "ESTIBA_STOP_GRACE_S": "6"}
+    two = Hosts(tmp_path, 2, [], environ=environ, scheduler=rank)
+    for host in (0, 1):
+        two.wait_for("watched", host)
+    two.signal_all(signal.SIGSTOP, 1)
+    try:
+        assert two.processes[0].wait(90) == 75, two.logs()
+    finally:
+        two.signal_all(signal.SIGKILL, 1)
+        two.wait()
+    assert two.failure().startswith("lost host algo-2: no heartbeat for "), two.failure()
+
+
+BREAKS = """
+import time
+from estiba.distributed import DistContext
+from estiba.platform.contract import Job
+from estiba.platform.failure import write_failure
+from estiba.platform.stop import Stop
+from estiba.training.host_watch import watched_hosts
+dist, job = DistContext.init("cpu"), Job.read()
+with watched_hosts(job, dist, Stop.from_environment()):
+    time.sleep(2)
+    if dist.is_main:
+        write_failure(job.failure_path, "DataError: no rows in a.parquet")  # as another rank of this host does
+    else:
+        raise RuntimeError("Connection closed by peer")
+    time.sleep(2)
+    raise RuntimeError("Connection reset by peer")
+"""
+
+
+def test_the_consequence_on_another_host_does_not_hide_what_a_rank_of_this_host_wrote(tmp_path: Path) -> None:
+    two = Hosts(tmp_path, 2, [], environ={"ESTIBA_HOST_LOST_S": "3"}, scheduler=ranks_of(BREAKS))
+    assert two.wait() == [1, 1], two.logs()
+    assert two.failure().startswith("DataError: no rows in a.parquet"), two.failure()
 
 
 def test_a_replica_saves_its_step_while_its_main_thread_waits_for_a_frozen_host(

@@ -10,9 +10,9 @@ no import of estiba, which the script's own interpreter need not have.
 
 from __future__ import annotations
 
+import _sitebuiltins
 import _thread
 import atexit
-import builtins
 import contextlib
 import importlib.abc
 import importlib.machinery
@@ -151,8 +151,12 @@ def _watch_end() -> None:
         before_exit(status)
 
     def leave_now(status: int) -> Any:
-        if os.getpid() == owner:
-            _ended(_code_of(status), None)
+        with contextlib.suppress(Exception):
+            if os.getpid() == owner:
+                code = _code_of(status)
+                is_rank = _record_pid == owner and "rank" in _record
+                # Estiba's workloads end so while they handle the exception. From 128 on it is a signal's status.
+                _ended(code, sys.exc_info()[1] if is_rank and 0 < code < 128 else None)
         before_exit_now(status)
 
     def at_exit() -> None:
@@ -161,15 +165,16 @@ def _watch_end() -> None:
         error = getattr(sys, "last_value", None)  # set where a script replaced sys.excepthook
         _ended(_code_of(_exit_code) if error is None else 1, error)
 
-    sys.excepthook, sys.exit, os._exit = hook, leave, leave_now  # type: ignore[assignment]
+    sys.excepthook, os._exit = hook, leave_now  # type: ignore[assignment]
     atexit.register(at_exit)
-    _watch_quit()
-    _watch_raised_exit()
+    if not _watch_raised_exit():
+        sys.exit = leave  # type: ignore[assignment]
+        _watch_quit()
 
 
 def _watch_quit() -> None:
-    """`exit(n)` and `quit(n)`, which raise SystemExit themselves."""
-    quitter: Any = type(builtins.exit)
+    """`exit(n)` and `quit(n)`, which raise SystemExit themselves. Python makes them after it has read estiba.pth."""
+    quitter: Any = _sitebuiltins.Quitter
     before = quitter.__call__
 
     def leave(self: Any, code: Any = None) -> Any:
@@ -180,11 +185,14 @@ def _watch_quit() -> None:
     quitter.__call__ = leave
 
 
-def _watch_raised_exit() -> None:
-    """`raise SystemExit(n)`, which calls no hook. Python before 3.12 shows it to nobody."""
+def _watch_raised_exit() -> bool:
+    """Watch for a SystemExit that ends the program, whoever raised it. Python before 3.12 shows it to nobody.
+
+    Returns whether it is watched. Otherwise what calls exit counts, even if the program catches it.
+    """
     monitoring: Any = getattr(sys, "monitoring", None)
     if monitoring is None:
-        return
+        return False
     main_thread = _thread.get_ident()
 
     def unwound(_code: CodeType, _offset: int, error: BaseException) -> None:
@@ -197,10 +205,11 @@ def _watch_raised_exit() -> None:
 
     tool = next((number for number in (4, 3, 2, 1, 0, 5) if monitoring.get_tool(number) is None), None)
     if tool is None:
-        return
+        return False
     monitoring.use_tool_id(tool, "estiba")
     monitoring.register_callback(tool, monitoring.events.PY_UNWIND, unwound)
     monitoring.set_events(tool, monitoring.events.PY_UNWIND)
+    return True
 
 
 def _watch_end_of_multiprocessing_child() -> None:
