@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from rehearsal import WORDS, compare, make_input
 from test_partial_chunks import Killed, after_batches
 from whole_job import outputs, run, write
@@ -20,6 +21,7 @@ from embed.data import precision
 from embed.data.chunks import ModelInfo
 from embed.job import chunks_identity, embed, output_identity
 from embed.model import Encoder, passages
+from embed.model.forward import Engine
 from estiba.errors import ConfigError, DataError, Interrupted
 from estiba.platform.contract import Job
 from estiba.platform.stop import Stop
@@ -266,6 +268,34 @@ def total_chunks(root: Path, inputs: Path, model: Path) -> int:
     encoder = Encoder(EmbedConfig(model=str(model), chunk=32))
     texts = pq.read_table(inputs / "a.parquet")["texto"].to_pylist()
     return sum(int((window.status == 0).sum()) for window, _ in encoder.windows(texts))
+
+
+def test_a_chunk_without_a_finite_vector_costs_its_window_no_other_work(root, inputs, tiny_model, monkeypatch):
+    monkeypatch.setattr(passages, "WINDOW_PASSAGES", 20)
+    write(inputs / "a.parquet", [words(600)])
+    encoder = Encoder(EmbedConfig(model=str(tiny_model), chunk=16))
+    windows = [window for window, _ in encoder.windows([words(600)])]
+    first = torch.from_numpy(windows[0].ids[: windows[0].n_tokens[0]])
+    original = Engine.launch
+
+    def launch(self, features, rows):
+        launched = original(self, features, rows)
+        bad = (features["input_ids"][:, : len(first)] == first).all(dim=1)
+        with torch.inference_mode():
+            launched.vectors_BD[bad] = float("nan")
+        return launched
+
+    monkeypatch.setattr(Engine, "launch", launch)
+    options = {"chunk": 16, "chunk_output": "rows", "batch_size": 4, "engine": "torch"}
+    stop = Stop()
+    with monkeypatch.context() as patched:
+        sizes = after_batches(patched, 8, lambda: stop.request("SIGTERM", signum=15))
+        with pytest.raises(Interrupted):
+            embed(EmbedConfig(model=str(tiny_model), **options), Job.read(), stop)
+    again = after_batches(monkeypatch, -1, lambda: None)
+    run(tiny_model, **options)
+    assert outputs(root)["status"].to_pylist().count("not finite") == 1
+    assert sum(sizes) + sum(again) == sum(len(window.status) for window in windows) + 4  # its batch, once more
 
 
 @MODES
