@@ -180,6 +180,18 @@ def test_columns_of_every_kind_are_repeated(root, inputs, tiny_model):
         assert out[name].type == expected[name].type
 
 
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.dictionary(pa.int32(), pa.string()), pa.string()], ids=str)
+def test_a_repeated_row_takes_its_own_size_and_not_that_of_its_neighbours(kind):
+    texts = [f"{number:04d}" * 100 for number in range(1000)]
+    column = pa.array(texts).dictionary_encode() if pa.types.is_dictionary(kind) else pa.array(texts, kind)
+    batch = pa.record_batch({"id": pa.array(range(1000)), "texto": column})
+    assert passage_rows._row_bytes(batch).max() < 1000
+    rows = np.repeat(np.arange(400, 420), 3)
+    repeated = passage_rows.repeat(batch, rows)
+    assert repeated[1].type == kind and repeated[1].to_pylist() == [texts[row] for row in rows]
+    assert pa.types.is_dictionary(kind) or repeated[1].nbytes < 60 * 500
+
+
 @MODES
 def test_the_stored_precision_is_that_of_the_mean_or_of_each_chunk(root, inputs, tiny_model, monkeypatch, mode):
     monkeypatch.setattr(passages, "WINDOW_PASSAGES", 20)
