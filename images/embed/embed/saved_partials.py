@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from embed.data.chunks import Coverage, file_key, from_bytes
+from embed.data.chunks import PARTIAL, Coverage, file_key, from_bytes, range_of
 from embed.data.partials import Places, is_partial, read_partial
 from embed.data.passages import rows_done_of
 from embed.data.windows import Task
@@ -30,7 +30,10 @@ class SavedPartials:
             if (data := self._chunks.load(key)) is None:
                 continue
             if self._has_passages:
-                if key.split("/")[0] in coverages:
+                coverage = coverages.get(key.split("/")[0])
+                if coverage is not None and _is_replaced(key, coverage):  # by an attempt that was killed right then
+                    self._chunks.drop([key])
+                elif coverage is not None:
                     self._rows[key] = rows_done_of(from_bytes(data))
             elif known.intersection((places := read_partial(key, data).places).files):  # or another host's
                 self._found[key] = places
@@ -66,3 +69,12 @@ class SavedPartials:
         keys = [key for key, places in self._found.items() if files.intersection(places.files)]
         keys += [key for key in self._rows if key.split("/")[0] in files]
         return tuple((key, self._chunks.name_of(key)) for key in keys if key in self._chunks)
+
+
+def _is_replaced(key: str, coverage: Coverage) -> bool:
+    """Whether the rows of a partial chunk with passages all have chunks."""
+    name = key.removesuffix(PARTIAL)
+    rows = range_of(name) or range_of(name.rpartition("-")[0])  # of the first part, or of a later one
+    return rows is not None and not any(
+        start < rows.end and rows.start < end for start, end in coverage.gaps(rows.row_group)
+    )

@@ -14,7 +14,7 @@ from rehearsal import WORDS, compare, make_input
 from test_partial_chunks import Killed, after_batches
 from whole_job import outputs, run, write
 
-from embed import saving
+from embed import job, saving
 from embed.artifacts import passage_rows
 from embed.config import EmbedConfig
 from embed.data import precision
@@ -25,6 +25,7 @@ from embed.model.forward import Engine
 from estiba.errors import ConfigError, DataError, Interrupted
 from estiba.platform.contract import Job
 from estiba.platform.stop import Stop
+from estiba.progress import Progress
 
 MODES = pytest.mark.parametrize("mode", ["mean", "rows"])
 
@@ -280,6 +281,29 @@ def total_chunks(root: Path, inputs: Path, model: Path) -> int:
     encoder = Encoder(EmbedConfig(model=str(model), chunk=32))
     texts = pq.read_table(inputs / "a.parquet")["texto"].to_pylist()
     return sum(int((window.status == 0).sum()) for window, _ in encoder.windows(texts))
+
+
+@MODES
+def test_partial_work_that_outlived_its_replacement_is_not_counted_again(root, inputs, tiny_model, monkeypatch, mode):
+    monkeypatch.setattr(passages, "WINDOW_PASSAGES", 20)
+    write(inputs / "a.parquet", documents(40))
+    options = {"chunk": 32, "chunk_output": mode, "batch_size": 8}
+    stop = Stop()
+    with monkeypatch.context() as patched:
+        after_batches(patched, 12, lambda: stop.request("SIGTERM", signum=15))
+        with pytest.raises(Interrupted):
+            embed(EmbedConfig(model=str(tiny_model), **options), Job.read(), stop)
+    left = {path: path.read_bytes() for path in (root / "checkpoints").rglob("*-partial.*.piece")}
+    assert len(left) > 2
+    run(tiny_model, **options)
+    for path, content in left.items():
+        path.write_bytes(content)
+    (root / "output/data/a.parquet").unlink()
+    counted: list[float] = []
+    monkeypatch.setattr(job, "Progress", lambda **given: counted.append(given["done"]) or Progress(**given))
+    run(tiny_model, **options)
+    assert counted == [40]
+    assert not list((root / "checkpoints").rglob("*-partial.*.piece"))
 
 
 def test_a_chunk_without_a_finite_vector_costs_its_window_no_other_work(root, inputs, tiny_model, monkeypatch):
