@@ -320,7 +320,9 @@ def compute(
             earlier = state.computed_by() if state.config.engine == "auto" else None
             tasks = state.tasks()
             if tasks and old_run is not None:
+                began = time.monotonic()
                 pool.read_old_outputs(old_run, stop)
+                state.attempt.reading_old_s += time.monotonic() - began
             if tasks and not stop():
                 pool.run(tasks, state.chunks, state.on_event, lambda: stop() or state.error is not None, earlier)
             state.join(stop)

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from embed.artifacts.old_outputs import OldFile, OldOutputs
 from embed.data.chunks import Status
+from embed.data.files import file_faults
 from embed.data.known_vectors import KnownFile, KnownVectorsWriter
 from embed.data.rows import record_batches, texts_of
 from embed.model import Encoder
@@ -76,7 +77,9 @@ def _read(store: Store, file: OldFile, encoder: Encoder, writer: KnownVectorsWri
     with store.open(table.path, table.file.size_bytes, etag=table.file.etag) as opened:
         for row_group in range(len(table.row_group_rows)):
             for batch in record_batches(opened, table, row_group, columns):
-                window = encoder.tokenize(texts_of(batch, file.text_column))
+                with file_faults(table, row_group):
+                    texts = texts_of(batch, file.text_column)
+                window = encoder.tokenize(texts)
                 column = batch.column(file.vector_column)
                 has_vector = column.is_valid().to_numpy(zero_copy_only=False)
                 rows = np.flatnonzero(has_vector & (window.status == Status.OK))

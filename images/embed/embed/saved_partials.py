@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from embed.data.chunks import Coverage, file_key, from_bytes
+from embed.data.chunks import PARTIAL, Coverage, file_key, from_bytes, range_of
 from embed.data.partials import Places, is_partial, read_partial
 from embed.data.passages import rows_done_of
 from embed.data.windows import Task
@@ -28,9 +28,14 @@ class SavedPartials:
     def open(self, files: Iterable[str], coverages: Mapping[str, Coverage]) -> None:
         """Read what earlier attempts left of files, which are named by key."""
         known = set(files)
-        for key in filter(is_partial, self._chunks.keys()):
-            if self._has_passages and key.split("/")[0] not in coverages:
-                continue
+        for key in list(filter(is_partial, self._chunks.keys())):
+            if self._has_passages:
+                coverage = coverages.get(key.split("/")[0])
+                if coverage is None:
+                    continue
+                if _is_replaced(key, coverage):  # by an attempt that was killed right then
+                    self._chunks.drop([key])
+                    continue
             if (data := self._chunks.load(key, may_be_gone=True)) is None:  # another host's window may be complete
                 continue
             if self._has_passages:
@@ -72,3 +77,12 @@ class SavedPartials:
         keys = [key for key, places in self._found.items() if row_groups & places.rows.keys()]
         keys += [key for key in self._rows if key.split("/")[0] in files]
         return tuple((key, self._chunks.name_of(key)) for key in keys if key in self._chunks)
+
+
+def _is_replaced(key: str, coverage: Coverage) -> bool:
+    """Whether the rows of a partial chunk with passages all have chunks."""
+    name = key.removesuffix(PARTIAL)
+    rows = range_of(name) or range_of(name.rpartition("-")[0])  # of the first part, or of a later one
+    return rows is not None and not any(
+        start < rows.end and rows.start < end for start, end in coverage.gaps(rows.row_group)
+    )

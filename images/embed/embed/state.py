@@ -72,6 +72,8 @@ class Attempt:
     """Rows without text included."""
     rows_copied: int = 0
     rows_reused: int = 0
+    reading_old_s: float = 0.0
+    """Before anything is computed, with --reuse."""
     tokens: int = 0
     padded_tokens: int = 0
     chunks_found: int = 0

@@ -9,20 +9,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from rehearsal import WORDS, compare, make_input
 from test_partial_chunks import Killed, after_batches
 from whole_job import outputs, run, write
 
-from embed import saving
+from embed import job, saving
 from embed.artifacts import passage_rows
 from embed.config import EmbedConfig
 from embed.data import precision
 from embed.data.chunks import ModelInfo
 from embed.job import chunks_identity, embed, output_identity
 from embed.model import Encoder, passages
+from embed.model.forward import Engine
 from estiba.errors import ConfigError, DataError, Interrupted
 from estiba.platform.contract import Job
 from estiba.platform.stop import Stop
+from estiba.progress import Progress
 
 MODES = pytest.mark.parametrize("mode", ["mean", "rows"])
 
@@ -178,6 +181,18 @@ def test_columns_of_every_kind_are_repeated(root, inputs, tiny_model):
         assert out[name].type == expected[name].type
 
 
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.dictionary(pa.int32(), pa.string()), pa.string()], ids=str)
+def test_a_repeated_row_takes_its_own_size_and_not_that_of_its_neighbours(kind):
+    texts = [f"{number:04d}" * 100 for number in range(1000)]
+    column = pa.array(texts).dictionary_encode() if pa.types.is_dictionary(kind) else pa.array(texts, kind)
+    batch = pa.record_batch({"id": pa.array(range(1000)), "texto": column})
+    assert passage_rows._row_bytes(batch).max() < 1000
+    rows = np.repeat(np.arange(400, 420), 3)
+    repeated = passage_rows.repeat(batch, rows)
+    assert repeated[1].type == kind and repeated[1].to_pylist() == [texts[row] for row in rows]
+    assert pa.types.is_dictionary(kind) or repeated[1].nbytes < 60 * 500
+
+
 @MODES
 def test_the_stored_precision_is_that_of_the_mean_or_of_each_chunk(root, inputs, tiny_model, monkeypatch, mode):
     monkeypatch.setattr(passages, "WINDOW_PASSAGES", 20)
@@ -266,6 +281,58 @@ def total_chunks(root: Path, inputs: Path, model: Path) -> int:
     encoder = Encoder(EmbedConfig(model=str(model), chunk=32))
     texts = pq.read_table(inputs / "a.parquet")["texto"].to_pylist()
     return sum(int((window.status == 0).sum()) for window, _ in encoder.windows(texts))
+
+
+@MODES
+def test_partial_work_that_outlived_its_replacement_is_not_counted_again(root, inputs, tiny_model, monkeypatch, mode):
+    monkeypatch.setattr(passages, "WINDOW_PASSAGES", 20)
+    write(inputs / "a.parquet", documents(40))
+    options = {"chunk": 32, "chunk_output": mode, "batch_size": 8}
+    stop = Stop()
+    with monkeypatch.context() as patched:
+        after_batches(patched, 12, lambda: stop.request("SIGTERM", signum=15))
+        with pytest.raises(Interrupted):
+            embed(EmbedConfig(model=str(tiny_model), **options), Job.read(), stop)
+    left = {path: path.read_bytes() for path in (root / "checkpoints").rglob("*-partial.*.piece")}
+    assert len(left) > 2
+    run(tiny_model, **options)
+    for path, content in left.items():
+        path.write_bytes(content)
+    (root / "output/data/a.parquet").unlink()
+    counted: list[float] = []
+    monkeypatch.setattr(job, "Progress", lambda **given: counted.append(given["done"]) or Progress(**given))
+    run(tiny_model, **options)
+    assert counted == [40]
+    assert not list((root / "checkpoints").rglob("*-partial.*.piece"))
+
+
+def test_a_chunk_without_a_finite_vector_costs_its_window_no_other_work(root, inputs, tiny_model, monkeypatch):
+    monkeypatch.setattr(passages, "WINDOW_PASSAGES", 20)
+    write(inputs / "a.parquet", [words(600)])
+    encoder = Encoder(EmbedConfig(model=str(tiny_model), chunk=16))
+    windows = [window for window, _ in encoder.windows([words(600)])]
+    first = torch.from_numpy(windows[0].ids[:8])
+    original = Engine.launch
+
+    def launch(self, features, rows):
+        launched = original(self, features, rows)
+        beginnings = features["input_ids"][:, : len(first)]
+        bad = (beginnings == first[: beginnings.shape[1]]).all(dim=1)
+        with torch.inference_mode():
+            launched.vectors_BD[bad] = float("nan")
+        return launched
+
+    monkeypatch.setattr(Engine, "launch", launch)
+    options = {"chunk": 16, "chunk_output": "rows", "batch_size": 4, "engine": "torch"}
+    stop = Stop()
+    with monkeypatch.context() as patched:
+        sizes = after_batches(patched, 8, lambda: stop.request("SIGTERM", signum=15))
+        with pytest.raises(Interrupted):
+            embed(EmbedConfig(model=str(tiny_model), **options), Job.read(), stop)
+    again = after_batches(monkeypatch, -1, lambda: None)
+    run(tiny_model, **options)
+    assert outputs(root)["status"].to_pylist().count("not finite") == 1
+    assert sum(sizes) + sum(again) == sum(len(window.status) for window in windows) + 4  # its batch, once more
 
 
 @MODES

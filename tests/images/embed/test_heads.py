@@ -19,6 +19,8 @@ from test_partial_chunks import Killed, after_batches, engines_of
 from whole_job import outputs, run, write
 
 from embed import saving
+from embed.artifacts import outputs as output_files
+from embed.artifacts import vector_rows
 from embed.config import EmbedConfig
 from embed.data import windows
 from embed.data.chunks import PENDING, ModelInfo
@@ -276,6 +278,28 @@ def test_row_ranges_are_smaller_where_each_token_has_a_vector(root, inputs, m3, 
     few = run(m3, sparse=True)["checkpoint"]["pieces_saved"]
     many = run(m3, multi_vector=True)["checkpoint"]["pieces_saved"]
     assert few == 2 and many > 10
+
+
+def test_an_output_with_token_vectors_is_joined_and_written_in_small_pieces(root, inputs, m3, monkeypatch):
+    many_rows(inputs)
+    run(m3, **BOTH, output_path=str(root / "whole"), checkpoint_path=str(root / "other"))
+    monkeypatch.setattr(vector_rows, "PIECE_BYTES", 2**14)
+    monkeypatch.setattr(output_files, "GROUP_BYTES", 2**16)
+    run(m3, **BOTH)
+    found = pq.ParquetFile(root / "output/data/a.parquet").metadata
+    assert max(found.row_group(index).num_rows for index in range(found.num_row_groups)) < 100
+    assert outputs(root).equals(pq.read_table(root / "whole/a.parquet"))
+
+
+def test_the_pieces_of_an_output_do_not_depend_on_its_chunks():
+    lengths = [3, 0, 4200, 2, 2, 5000, 1, 1]  # of 4 KiB
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(sum(lengths) * 1024, np.float32)), 1024)
+    starts = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+    batch = pa.record_batch({"row": pa.array(range(8)), "colbert": pa.ListArray.from_arrays(starts, vectors)})
+    for cuts in ([8], [1, 2, 3, 4, 5, 6, 7, 8], [3, 8], [2, 6, 8]):
+        parts = (batch.slice(first, last - first) for first, last in zip([0, *cuts], cuts, strict=False))
+        pieces = [piece["row"].to_pylist() for piece in vector_rows.VectorReader._bounded(parts)]
+        assert pieces == [[0, 1, 2], [3, 4, 5], [6, 7]]
 
 
 def test_an_input_column_with_the_name_of_a_heads_column_is_refused(root, inputs, m3):

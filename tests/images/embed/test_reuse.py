@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,18 @@ def test_only_new_rows_are_computed_and_all_others_have_the_old_bits(root, old, 
     assert results["tokens"]["computed_in_this_attempt"] < 200 and results["reuse"] == str(old)
     assert f"{rows['reused']} reused" in results["summary"]
     assert "598 vectors in 600 rows of 3 files" in capfd.readouterr().err
+
+
+def test_the_speed_is_that_of_computing_and_not_of_reading_old_outputs(root, old, changed, tiny_model, monkeypatch):
+    original = pool.read_old_outputs
+
+    def slowly(*given):
+        time.sleep(3)
+        return original(*given)
+
+    monkeypatch.setattr(pool, "read_old_outputs", slowly)
+    seconds = run(tiny_model, reuse=str(old))["seconds"]
+    assert seconds["embedding"] < 3 < seconds["total"]
 
 
 def test_each_row_group_says_that_its_vectors_are_reused_and_what_computed_them(root, old, changed, tiny_model):

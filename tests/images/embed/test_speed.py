@@ -74,6 +74,14 @@ def test_a_short_attempt_is_not_followed_by_a_measurement(monkeypatch):
     assert (found["share_of_peak"], found["usd_per_million_tokens"]) == (None, None)
 
 
+def test_a_huge_token_budget_does_not_become_a_huge_product(monkeypatch):
+    measured: list[int] = []
+    monkeypatch.setattr(MatrixProducts, "flops_per_s", lambda self, _: measured.append(self.tokens) or 1e9)
+    model = info(token_budget=10**9)
+    found = speed.speed_of(EmbedConfig(), Job.read(), model, tokens=1000, padded_tokens=1000, seconds=60.0)
+    assert found["matrix_gflops_peak"] == 1.0 and measured == [4096]
+
+
 def test_an_engine_that_cannot_be_measured_ends_no_job(caplog):
     model = info(engine="abacus 1, float32", device="cuda:99")
     found = speed.speed_of(EmbedConfig(), Job.read(), model, tokens=1000, padded_tokens=1000, seconds=60.0)

@@ -18,20 +18,10 @@ import pyarrow.parquet as pq
 import xxhash
 
 from embed.artifacts.passage_rows import CHUNK, FIELDS, PassageReader, Piece, repeat
+from embed.artifacts.vector_rows import VectorReader
 from embed.artifacts.written import COUNTS_KEY, ENGINES_KEY, METADATA_KEY, Written
 from embed.config import EmbedConfig
-from embed.data.chunks import (
-    STATUS_WORDS,
-    ChunkLost,
-    Coverage,
-    RowRange,
-    Status,
-    computed_by,
-    file_key,
-    from_bytes,
-    key_of,
-    origins,
-)
+from embed.data.chunks import STATUS_WORDS, Coverage, Status, file_key
 from embed.data.files import file_faults, one_line
 from embed.data.identity import open_unchanged
 from embed.data.precision import MULTI_VECTOR, SPARSE, is_float, vector_fields
@@ -178,7 +168,7 @@ def write_output(
     kept = kept_columns(table, config)
     schema = _output_schema(table, kept, config, vectors, provenance)
     counts, engines = Counts(), _Engines()
-    reader_of = PassageReader if config.chunk_output == "rows" else _VectorReader
+    reader_of = PassageReader if config.chunk_output == "rows" else VectorReader
     with target.writer(table.path) as raw:
         hashed = _HashingFile(raw)
         with (
@@ -296,7 +286,8 @@ def _join(batch: pa.RecordBatch, piece: Piece, schema: pa.Schema, config: EmbedC
     words = pa.DictionaryArray.from_arrays(
         status.cast(pa.int8()), pa.array([STATUS_WORDS[item] for item in Status])
     ).cast(pa.string())
-    kept = repeat(batch, piece.rows) if CHUNK in vectors.schema.names else batch.columns
+    is_repeated = CHUNK in vectors.schema.names
+    kept = repeat(batch, piece.rows) if is_repeated else batch.slice(piece.rows[0], len(piece.rows)).columns
     columns = [*kept, vectors.column("vectors"), words]
     columns += [vectors.column("n_tokens")] * config.n_tokens + [vectors.column("truncated")] * config.truncated
     columns += [vectors.column(field.name) for field in _passage_fields(config)]
@@ -324,42 +315,6 @@ class _Engines:
             else:
                 ranges.append({"row_groups": [row_group, row_group + 1], "engines": engines})
         return ranges
-
-
-class _VectorReader:
-    """The vectors of a row group in row order, with one chunk in memory at a time."""
-
-    def __init__(
-        self, chunks: ChunkStore, file: str, ranges: Sequence[RowRange], engines: list[dict[str, Any]]
-    ) -> None:
-        """Adds the engines that computed the chunks to `engines`."""
-        self._engines = engines
-        self.origins: Counter[str] = Counter()
-        """How many rows were `copied` and `reused`."""
-        self._chunks, self._file, self._ranges = chunks, file, iter(ranges)
-        self._batch: pa.RecordBatch | None = None
-        self._used = 0
-
-    def pieces(self, batch: pa.RecordBatch, path: str) -> Iterator[Piece]:  # noqa: ARG002 - as PassageReader's
-        yield Piece(rows=np.arange(batch.num_rows), vectors=self.take(batch.num_rows))
-
-    def take(self, rows: int) -> pa.RecordBatch:
-        parts = []
-        while rows:
-            if self._batch is None or self._used == self._batch.num_rows:
-                row_range = next(self._ranges)
-                data = self._chunks.load(key_of(self._file, row_range))
-                if data is None:
-                    raise ChunkLost(row_range)
-                batch = from_bytes(data)
-                self._engines += [engine for engine in computed_by(batch) if engine not in self._engines]
-                self.origins.update(origins(batch))
-                self._batch, self._used = batch.replace_schema_metadata(None), 0
-            part = self._batch.slice(self._used, rows)
-            self._used += part.num_rows
-            rows -= part.num_rows
-            parts.append(part)
-        return parts[0] if len(parts) == 1 else pa.concat_batches(parts)
 
 
 class _HashingFile(io.RawIOBase):

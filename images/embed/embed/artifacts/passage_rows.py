@@ -21,6 +21,8 @@ PIECE_BYTES = 16 * 2**20
 MAX_REPEATED_BYTES = 4 * 2**30
 """Of one row of the input. A text of 100 MB has 50,000 chunks, and repeating it for each would fill any disk."""
 
+_PLAIN = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
@@ -32,14 +34,30 @@ class Piece:
 
 
 def repeat(batch: pa.RecordBatch, rows: np.ndarray) -> list[pa.Array]:
-    """The batch's columns, with each of `rows` as often as it is named."""
+    """The batch's columns, with each of `rows`, which ascend, as often as it is named."""
+    first, last = int(rows[0]), int(rows[-1])
+    indices = pa.array(rows - first)
     columns = []
-    for column in batch.columns:
+    for column in batch.slice(first, last - first + 1).columns:
         try:
-            columns.append(column.take(pa.array(rows)))
-        except pa.ArrowNotImplementedError:  # string_view and binary_view
-            columns.append(pa.concat_arrays([column.slice(row, 1) for row in rows]))
+            taken = _plain(column).take(indices)
+            columns.append(taken if taken.type == column.type else taken.cast(column.type))
+        except pa.ArrowNotImplementedError:  # views within a list or a struct
+            columns.append(pa.concat_arrays([column.slice(row, 1) for row in indices.to_pylist()]))
     return columns
+
+
+def _plain(column: pa.Array) -> pa.Array:
+    """A column of views with memory of its own: a slice of one, or a row of it repeated, holds all of its text."""
+    kind = _PLAIN.get(column.type)
+    return column if kind is None else column.cast(kind)
+
+
+def _row_bytes(batch: pa.RecordBatch) -> np.ndarray:
+    """int64[rows]: what repeating a row takes. Its value in a dictionary is not repeated."""
+    columns = [column.indices if pa.types.is_dictionary(column.type) else _plain(column) for column in batch.columns]
+    own = pa.RecordBatch.from_arrays(columns, names=[str(index) for index in range(len(columns))])
+    return np.array([own.slice(row, 1).nbytes for row in range(batch.num_rows)], np.int64)
 
 
 class PassageReader:
@@ -86,7 +104,7 @@ class PassageReader:
 
         Raises DataError if a row would be repeated so often that the output could not be stored.
         """
-        sizes = np.array([batch.slice(row, 1).nbytes for row in range(batch.num_rows)], np.int64)
+        sizes = _row_bytes(batch)
         for piece in self._until(self._position + batch.num_rows):
             rows = piece.rows - self._position
             numbers = piece.vectors.column(CHUNK).to_numpy().astype(np.int64)

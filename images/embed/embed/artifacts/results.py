@@ -31,10 +31,11 @@ def results_of(
 ) -> dict[str, Any]:
     """The document as JSON types. Counts cover all attempts; rates and times only this one.
 
-    `started`, `loaded` and `computed` are readings of time.monotonic(). Rates do not count the time in which worker
-    processes end.
+    `started`, `loaded` and `computed` are readings of time.monotonic(). Rates do not count the time in which old
+    outputs are read or worker processes end.
     """
-    total_s, compute_s = time.monotonic() - started, computed - loaded
+    total_s = time.monotonic() - started
+    compute_s = computed - loaded - state.attempt.reading_old_s
     states = Counter(item.state for item in state.files.values())
     counts = [item.written.counts for item in state.files.values() if item.written is not None]
     statuses: Counter[str] = Counter()

@@ -15,6 +15,8 @@ logger = get_logger(__name__)
 LEAST_S = 20.0
 """A shorter attempt says little about its speed, and would spend a notable part of its time on this."""
 MEASURE_S = 0.4
+MOST_TOKENS = {"cpu": 4_096, "cuda": 65_536}
+"""In a product that is measured, by device. A larger --token-budget may be more than any batch of the job had."""
 
 
 def speed_of(
@@ -46,8 +48,9 @@ def _peak(config: EmbedConfig, model: ModelInfo) -> float | None:
     limit_threads(1)
     engine, _, precision = model.engine.partition(", ")
     try:
+        tokens = min(model.token_budget, MOST_TOKENS[model.device.split(":")[0]])
         matrices = MatrixProducts(
-            model.products, model.token_budget, engine=engine.split(" ")[0], precision=precision, device=model.device
+            model.products, tokens, engine=engine.split(" ")[0], precision=precision, device=model.device
         )
         rate = matrices.flops_per_s(MEASURE_S)
     except Exception as error:  # a report does not fail the job that it reports on
