@@ -148,13 +148,9 @@ class HostAgent:
 
     def wait_until_heard(self, timeout_s: float) -> list[str]:
         """Wait until every other host was heard once. Returns those that were not."""
-
-        def silent() -> list[str]:
-            return [host for host, peer in self.peers.items() if peer.heard_at is None]
-
         with self._changed:
-            self._changed.wait_for(lambda: not silent(), timeout_s)
-            return silent()
+            self._changed.wait_for(lambda: all(peer.heard_at for peer in self.peers.values()), timeout_s)
+            return [host for host, peer in self.peers.items() if peer.heard_at is None]
 
     def wait_for_all(self, pause: Callable[[float], None], *, wait_s: float, refused_s: float, tell_s: float) -> None:
         """Wait until every other host is ready too. `pause` sleeps and may raise.
