@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from kills import Killed, after_batches
 from rehearsal import WORDS, compare, make_input
-from test_partial_chunks import Killed, after_batches
 from whole_job import outputs, run, write
 
 from embed import job, saving

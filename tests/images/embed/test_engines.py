@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from kills import Killed, kill_at
 from rehearsal import compare
-from test_windows import Killed, kill_at
 from whole_job import run
 
 from embed.config import EmbedConfig

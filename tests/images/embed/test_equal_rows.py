@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from kills import run_killed
 from rehearsal import WORDS, compare
 from whole_job import outputs, run, write
 
@@ -107,27 +108,11 @@ def test_copies_of_a_row_without_a_finite_vector_have_none_either(root, inputs, 
 
 
 def test_a_job_that_is_killed_among_copies_ends_with_the_same_bytes(root, inputs, tiny_model, monkeypatch):
-    class Killed(BaseException):
-        pass
-
     texts = [f"barco {index % 90} " * (1 + index % 9) for index in range(600)]
     pq.write_table(pa.table({"texto": texts}), inputs / "a.parquet")
     run(tiny_model, batch_size=16, output_path=str(root / "whole"), checkpoint_path=str(root / "other"))
-    original, left = Encoder._launch, [0]
-
-    def launch(self, engine, window, batch):
-        if not left[0]:
-            raise Killed
-        left[0] -= 1
-        return original(self, engine, window, batch)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Encoder, "_launch", launch)
-        patched.setattr(saving, "PARTIAL_S", 0.0)
-        for batches in (3, 2, 2, 1):
-            left[0] = batches
-            with pytest.raises(Killed):
-                run(tiny_model, batch_size=16)
+    for batches in (3, 2, 2, 1):
+        run_killed(monkeypatch, tiny_model, batches, batch_size=16)
     results = run(tiny_model, batch_size=16)
     rows = results["rows"]
     assert rows["resumed"] > 0 and rows["copied"] > 100

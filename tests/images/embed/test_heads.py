@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from kills import after_batches, run_killed
 from rehearsal import WORDS, compare
 from safetensors.torch import save_file
-from test_partial_chunks import Killed, after_batches, engines_of
+from test_partial_chunks import engines_of
 from whole_job import outputs, run, write
 
-from embed import saving
 from embed.artifacts import outputs as output_files
 from embed.artifacts import vector_rows
 from embed.config import EmbedConfig
@@ -185,14 +185,7 @@ def test_a_kill_or_a_stop_in_the_middle_of_a_row_range_ends_with_the_same_bytes(
     options = {**BOTH, "batch_size": 16}
     run(m3, **options, output_path=str(root / "whole"), checkpoint_path=str(root / "other"))
 
-    def kill() -> None:
-        raise Killed
-
-    with monkeypatch.context() as patched:
-        patched.setattr(saving, "PARTIAL_S", 0.0)
-        after_batches(patched, 4, kill)
-        with pytest.raises(Killed):
-            run(m3, **options)
+    run_killed(monkeypatch, m3, 4, **options)
     stop = Stop()
     with monkeypatch.context() as patched:
         after_batches(patched, 3, lambda: stop.request("SIGTERM", signum=15))

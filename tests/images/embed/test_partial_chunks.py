@@ -10,13 +10,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from kills import after_batches, run_killed
 from rehearsal import compare, make_input
 from whole_job import run
 
-from embed import saving
 from embed.config import EmbedConfig
 from embed.job import embed
-from embed.model import Encoder, engines
+from embed.model import engines
 from estiba.errors import Interrupted
 from estiba.platform.contract import Job
 from estiba.platform.stop import Stop
@@ -29,25 +29,6 @@ def one_large_row_group(inputs: Path) -> None:
     texts: list[str | None] = [f"barco {index} " * (1 + index % 40) for index in range(ROWS)]
     texts[3], texts[ROWS // 2 + 7] = None, " "
     pq.write_table(pa.table({"texto": texts}), inputs / "a.parquet")
-
-
-class Killed(BaseException):
-    pass
-
-
-def after_batches(monkeypatch: pytest.MonkeyPatch, count: int, action) -> list[int]:
-    """Call `action` when the model has run `count` batches; returns the number of rows of each batch."""
-    sizes: list[int] = []
-    original = Encoder._launch
-
-    def launch(self, engine, window, batch):
-        if len(sizes) == count:
-            action()
-        sizes.append(len(batch))
-        return original(self, engine, window, batch)
-
-    monkeypatch.setattr(Encoder, "_launch", launch)
-    return sizes
 
 
 def test_a_stop_in_the_middle_of_a_row_range_keeps_its_finished_batches(root, inputs, tiny_model, monkeypatch):
@@ -72,15 +53,8 @@ def test_a_kill_in_the_middle_of_a_row_range_keeps_what_was_computed_seconds_bef
     one_large_row_group(inputs)
     run(tiny_model, batch_size=32, output_path=str(root / "whole"), checkpoint_path=str(root / "other"))
 
-    def kill() -> None:
-        raise Killed
-
     for _ in range(3):
-        with monkeypatch.context() as patched:
-            patched.setattr(saving, "PARTIAL_S", 0.0)
-            after_batches(patched, 6, kill)
-            with pytest.raises(Killed):
-                run(tiny_model, batch_size=32)
+        run_killed(monkeypatch, tiny_model, 6, batch_size=32)
     results = run(tiny_model, batch_size=32)
     assert results["rows"]["resumed"] >= 3 * 7
     assert results["rows"]["resumed"] + results["rows"]["computed_in_this_attempt"] == ROWS

@@ -11,12 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from kills import run_killed
 from rehearsal import WORDS, compare
-from test_partial_chunks import Killed, after_batches
 from whole_job import outputs, run, write
 
 import embed
-from embed import saving
 from embed.artifacts.outputs import writer_options
 from embed.config import EmbedConfig
 from embed.data.chunks import Encoded, Status, from_bytes, partial_to_bytes, to_bytes
@@ -130,14 +129,7 @@ def test_a_killed_job_ends_with_the_same_bytes_in_each_precision(root, inputs, t
     options = {"embedding_dtype": dtype, "batch_size": 16}
     run(tiny_model, **options, output_path=str(root / "whole"), checkpoint_path=str(root / "other"))
 
-    def kill() -> None:
-        raise Killed
-
-    with monkeypatch.context() as patched:
-        patched.setattr(saving, "PARTIAL_S", 0.0)
-        after_batches(patched, 5, kill)
-        with pytest.raises(Killed):
-            run(tiny_model, **options)
+    run_killed(monkeypatch, tiny_model, 5, **options)
     assert run(tiny_model, **options)["rows"]["resumed"] > 0
     assert compare(root / "whole", root / "output/data") == []
 

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from kills import run_killed
 from pydantic import ValidationError
 from rehearsal import WORDS, compare
 from tiny_model import build
@@ -296,10 +297,6 @@ def test_vectors_that_were_damaged_without_a_trace_are_computed_again(root, old,
     assert results["rows"]["reused"] == ROWS - 2 - 6 - 1 and results["rows"]["embedded"] == ROWS - 2
 
 
-class Killed(BaseException):
-    pass
-
-
 def test_a_killed_job_that_reuses_ends_with_the_same_bytes(root, inputs, old, tiny_model, monkeypatch):
     texts = sentences(ROWS)
     for row in range(0, ROWS, 2):
@@ -307,21 +304,8 @@ def test_a_killed_job_that_reuses_ends_with_the_same_bytes(root, inputs, old, ti
     write_files(inputs, texts, files=2, row_group=200)
     options: dict[str, Any] = {"reuse": str(old), "batch_size": 16}
     run(tiny_model, output_path=str(root / "whole"), checkpoint_path=str(root / "other"), **options)
-    original, left = Encoder._launch, [0]
-
-    def launch(self, engine, window, batch):
-        if not left[0]:
-            raise Killed
-        left[0] -= 1
-        return original(self, engine, window, batch)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Encoder, "_launch", launch)
-        patched.setattr(saving, "PARTIAL_S", 0.0)
-        for batches in (3, 5, 2, 4):
-            left[0] = batches
-            with pytest.raises(Killed):
-                run(tiny_model, **options)
+    for batches in (3, 5, 2, 4):
+        run_killed(monkeypatch, tiny_model, batches, **options)
     results = run(tiny_model, **options)
     assert results["rows"]["resumed"] > 0 and results["rows"]["reused"] > 250
     assert compare(root / "whole", root / "output/data") == []

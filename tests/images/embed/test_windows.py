@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kills import Killed, kill_at
 from rehearsal import WORDS, compare
 from test_data import inspected
 from whole_job import outputs, run, write
@@ -29,10 +29,9 @@ from embed.data.windows import tasks_of, text_windows, window_rows
 from embed.events import FileBroken
 from embed.model import Encoder
 from embed.saved_partials import SavedPartials
-from embed.saving import Saver
 from embed.state import JobState
 from estiba.checkpoint import ChunkStore
-from estiba.errors import DataError, StoreError
+from estiba.errors import DataError
 from estiba.storage import FileStore
 
 
@@ -125,41 +124,6 @@ def test_small_row_groups_and_small_files_share_their_padding(root, inputs, tiny
 
 
 # --- kills ---------------------------------------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    pass
-
-
-def kill_at(monkeypatch: pytest.MonkeyPatch, batch: int, slow_s: float = 0.0) -> list[int]:
-    """End the job before batch `batch`; from then on nothing becomes durable. Returns the rows of each batch."""
-    sizes: list[int] = []
-    launch, commit, drop = Encoder._launch, ChunkStore.commit, ChunkStore.drop
-    dead: list[bool] = []
-
-    def launched(self, engine, window, rows):
-        if len(sizes) == batch:
-            dead.append(True)
-            raise Killed
-        sizes.append(len(rows))
-        return launch(self, engine, window, rows)
-
-    def committed(self, key, data):
-        time.sleep(slow_s)
-        if dead:
-            raise StoreError("killed")
-        return commit(self, key, data)
-
-    def dropped(self, keys):
-        if not dead:
-            drop(self, keys)
-
-    monkeypatch.setattr(Encoder, "_launch", launched)
-    monkeypatch.setattr(ChunkStore, "commit", committed)
-    monkeypatch.setattr(ChunkStore, "drop", dropped)
-    # No process dies, so the thread has to end before the job is run again.
-    monkeypatch.setattr(Saver, "close", lambda saver: saver._thread.shutdown(wait=True))
-    return sizes
 
 
 @pytest.mark.parametrize("is_new_host", [False, True], ids=["same host", "only checkpoints kept"])

@@ -157,6 +157,18 @@ def ranks_of(program: str) -> Scheduler:
     return rank
 
 
+def freeze_the_second(two: Hosts) -> None:
+    """Of two hosts that watch each other: the first one ends because of it."""
+    for host in (0, 1):
+        two.wait_for("watched", host)
+    two.signal_all(signal.SIGSTOP, 1)
+    try:
+        assert two.processes[0].wait(90) == 75, two.logs()
+    finally:
+        two.signal_all(signal.SIGKILL, 1)
+        two.wait()
+
+
 @pytest.mark.parametrize("has_file", [False, True])
 def test_a_rank_that_waits_for_a_lost_host_where_it_has_nothing_to_save_ends_after_the_grace_period(
     tmp_path: Path, has_file: bool
@@ -170,14 +182,7 @@ def test_a_rank_that_waits_for_a_lost_host_where_it_has_nothing_to_save_ends_aft
         environ["ESTIBA_LOST_FILE"] = str(tmp_path / "of-pid-1")
     ranks = ranks_of(WAITS)
     two = Hosts(tmp_path, 2, [], environ=environ, scheduler=ranks)
-    for host in (0, 1):
-        two.wait_for("watched", host)
-    two.signal_all(signal.SIGSTOP, 1)
-    try:
-        assert two.processes[0].wait(90) == 75, two.logs()
-    finally:
-        two.signal_all(signal.SIGKILL, 1)
-        two.wait()
+    freeze_the_second(two)
     assert two.failure().startswith("lost host node-1: no heartbeat for ")
     assert "this rank did not end within 2 s" in two.log()
 
@@ -193,14 +198,7 @@ def test_hosts_find_each_other_where_the_platform_lists_them_in_another_order_th
 
     environ = {"ESTIBA_HOST_LOST_S": "3", "ESTIBA_STOP_GRACE_S": "6"}
     two = Hosts(tmp_path, 2, [], environ=environ, scheduler=rank)
-    for host in (0, 1):
-        two.wait_for("watched", host)
-    two.signal_all(signal.SIGSTOP, 1)
-    try:
-        assert two.processes[0].wait(90) == 75, two.logs()
-    finally:
-        two.signal_all(signal.SIGKILL, 1)
-        two.wait()
+    freeze_the_second(two)
     assert two.failure().startswith("lost host algo-2: no heartbeat for "), two.failure()
 
 

@@ -64,6 +64,17 @@ def runtime() -> Any:
     return openvino
 
 
+def compiled(model: Any, precision: str, *, threads: int, streams: int) -> Any:
+    """The model for this CPU. `precision` is that of the products, float32 or bfloat16."""
+    settings = {
+        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": streams,
+        "ENABLE_CPU_PINNING": False,  # two processes would pin themselves to the same core
+    }
+    return runtime().Core().compile_model(model, "CPU", settings)
+
+
 def has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX)."""
     openvino = runtime()
@@ -108,15 +119,9 @@ class OpenVinoEngine(Engine):
         self.threads = 1
         streams = torch.get_num_threads()
         self.depth = streams + 1  # the one that waits starts as soon as a stream is free
-        settings = {
-            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
-            "INFERENCE_NUM_THREADS": streams,
-            "NUM_STREAMS": streams,
-            "ENABLE_CPU_PINNING": False,  # two processes would pin themselves to the same core
-        }
         try:
             model = _converted(self.model, sample, digest)
-            self._compiled = runtime().Core().compile_model(model, "CPU", settings)
+            self._compiled = compiled(model, precision, threads=streams, streams=streams)
             self._idle = [self._compiled.create_infer_request() for _ in range(self.depth)]
         except NotConvertible:
             raise
@@ -130,16 +135,16 @@ class OpenVinoEngine(Engine):
     def launch(self, features: Features, rows: np.ndarray) -> InFlight:
         inputs = [features[name].numpy() for name in INPUTS if name in features]
         request = self._idle.pop() if self._idle else self._compiled.create_infer_request()
-        error_at_start: list[RuntimeError] = []
+        failed: RuntimeError | None = None
         try:
             request.start_async(inputs, share_inputs=True)
         except RuntimeError as error:
-            error_at_start.append(error)
+            failed = error
 
         def finish() -> torch.Tensor:
             try:
-                if error_at_start:
-                    raise error_at_start[0]
+                if failed is not None:
+                    raise failed
                 request.wait()
                 output_BD = torch.from_numpy(request.get_output_tensor(0).data.copy())  # the next batch overwrites it
             except RuntimeError as error:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from embed.model.openvino import runtime
+from embed.model.openvino import compiled, runtime
 
 Products = Sequence[tuple[int, int]]
 """Inputs and outputs of each matrix that a token is multiplied with, in order."""
@@ -89,14 +89,8 @@ def _by_openvino(products: Products, tokens: int, precision: str, threads: int, 
             results.append(unread[outputs])
         values[outputs] = unread[outputs] = made
     graph = openvino.Model([*results, *unread.values()], list(inputs.values()), "matrices")
-    settings = {
-        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
-        "INFERENCE_NUM_THREADS": threads,
-        "NUM_STREAMS": streams,
-        "ENABLE_CPU_PINNING": False,
-    }
-    compiled = openvino.Core().compile_model(graph, "CPU", settings)
-    requests = [compiled.create_infer_request() for _ in range(streams)]
+    model = compiled(graph, precision, threads=threads, streams=streams)
+    requests = [model.create_infer_request() for _ in range(streams)]
     for request in requests:
         for position, width in enumerate(inputs):
             request.set_input_tensor(position, openvino.Tensor(torch.randn(tokens, width).numpy()))
