@@ -385,6 +385,14 @@ def test_two_jobs_of_aws_batch_are_told_apart_and_the_nodes_of_one_are_not() -> 
     assert own[0] != own[1]
 
 
+def test_two_static_torchruns_on_the_same_hosts_are_told_apart_by_their_ports() -> None:
+    of_torchrun = {"GROUP_RANK": "0", "MASTER_ADDR": A}
+    tokens = [token_of({**of_torchrun, "MASTER_PORT": port}, [A, B]) for port in ("29500", "29500", "29501")]
+    assert tokens[0] == tokens[1] != tokens[2]
+    kubeflow = [token_of({"PET_NODE_RANK": "0", "PET_MASTER_PORT": port}, [A, B]) for port in ("29500", "29501")]
+    assert kubeflow[0] != kubeflow[1]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_all_hosts_agree_on_the_reason(seed: int) -> None:
     names, port = [A, B, C], free_port()

@@ -366,11 +366,16 @@ class HostAgent:
 
 
 def token_of(environ: Mapping[str, str], hosts: Sequence[str]) -> str:
-    """Return what tells this job from others on its network: the same on all of its hosts."""
+    """Return what tells this job from others on its network: the same on all of its hosts.
+
+    A static torchrun has no name. Two of them on the same hosts have different ports.
+    """
     variable = next(filter(environ.get, JOB_NAMES), "")
     name = environ.get(variable, "")
     if variable == "AWS_BATCH_JOB_ID":
         name = name.partition("#")[0]  # `#` and the node
+    elif not variable:
+        name = environ.get("MASTER_PORT") or environ.get("PET_MASTER_PORT", "")
     return hashlib.sha256("\n".join([name, *sorted(hosts)]).encode()).hexdigest()
 
 

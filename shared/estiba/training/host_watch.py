@@ -39,7 +39,7 @@ def watched_hosts(job: Job, dist: DistContext, stop: Stop) -> Iterator[None]:
     """Watch the other hosts during the block. All ranks call it together. On one host, and where PID 1 does it, it does
     nothing.
 
-    Raises what the block raises.
+    Raises what the block raises, but RanksLost for a stop that a loss asked for.
     """
     is_needed = job.host_count > 1 and WATCHED not in os.environ and os.environ.get("ESTIBA_HOST_AGENT") != "0"
     if dist.world_size == 1 or not all(dist.all_gather(is_needed)):
@@ -51,8 +51,10 @@ def watched_hosts(job: Job, dist: DistContext, stop: Stop) -> Iterator[None]:
     failure: Failure | None = None
     try:
         yield
-    except Interrupted:  # all ranks stop together
-        raise
+    except Interrupted as error:  # all ranks stop together
+        if watch.loss is None or stop.reason != watch.loss:
+            raise
+        raise RanksLost(f"{watch.loss}; run the same command again to resume") from error
     except Exception as error:
         text = first_line(error)
         code = getattr(error, "exit_code", 1)
@@ -70,6 +72,8 @@ class _HostWatch:
 
     def __init__(self, job: Job, dist: DistContext, stop: Stop) -> None:
         self._failure_path, self._stop = job.failure_path, stop
+        self.loss: str | None = None
+        """Why this rank is to stop, if ranks of another host are gone."""
         hosts = dist.all_gather(job.cluster.current)
         self._agent = _start_agent(hosts, dist)
         own = ""
@@ -109,13 +113,16 @@ class _HostWatch:
                 tell_ranks(self.path, loss)
             if self._finished.wait(POLL_S):
                 return
-        reason = "ranks of another host are gone"
-        with contextlib.suppress(OSError):  # the host's first rank removes it when it ends
-            reason = self.path.read_text()
+        self.loss = reason = self._told()
         self._stop.request(reason)
         if not self._finished.wait(max(0.0, self._stop.grace_s - RESERVE_S)):
             logger.error("%s; this rank did not end within %.0f s", reason, self._stop.grace_s - RESERVE_S)
             os._exit(RanksLost.exit_code)
+
+    def _told(self) -> str:
+        with contextlib.suppress(OSError):  # the host's first rank removes the file when it ends
+            return self.path.read_text()
+        return "ranks of another host are gone"
 
 
 def _start_agent(hosts: Sequence[str], dist: DistContext) -> HostAgent | None:

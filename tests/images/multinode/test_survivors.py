@@ -187,6 +187,34 @@ def test_a_rank_that_waits_for_a_lost_host_where_it_has_nothing_to_save_ends_aft
     assert "this rank did not end within 2 s" in two.log()
 
 
+LOADS = """
+import time
+from estiba.distributed import DistContext
+from estiba.errors import EstibaError
+from estiba.platform.contract import Job
+from estiba.platform.stop import Stop
+from estiba.training.host_watch import watched_hosts
+dist, stop = DistContext.init("cpu"), Stop.from_environment()
+try:
+    with watched_hosts(Job.read(), dist, stop):
+        print("watched", flush=True)
+        stop.unless_stopped(lambda: time.sleep(600), "nothing was trained")
+except EstibaError as error:
+    print(error, flush=True)
+    raise SystemExit(error.exit_code)
+"""
+
+
+def test_a_loss_while_a_model_is_loaded_is_a_loss_and_no_stop(tmp_path: Path) -> None:
+    """The loading polls the stop, so it ends by itself: with 75, since nobody asked for an end."""
+    environ = {"ESTIBA_HOST_LOST_S": "3", "ESTIBA_STOP_GRACE_S": "30"}
+    two = Hosts(tmp_path, 2, [], environ=environ, scheduler=ranks_of(LOADS))
+    freeze_the_second(two)
+    assert "lost host node-1: no heartbeat for " in two.log()
+    assert "run the same command again to resume" in two.log()
+    assert "did not end within" not in two.log()
+
+
 def test_hosts_find_each_other_where_the_platform_lists_them_in_another_order_than_torchrun(tmp_path: Path) -> None:
     """MASTER_ADDR is the address of rank 0, and not of the first host in SageMaker's file. LOCAL_RANK may be unset."""
 
