@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +11,14 @@ import numpy as np
 from embed.config import EmbedConfig  # type: ignore[import-not-found]
 from embed.model import Encoder  # type: ignore[import-not-found]
 
+FIRST_TEXTS = 64
+"""Of the input, as a job gives the Encoder."""
+
 
 class Ours:
     def __init__(self, task: dict[str, Any]) -> None:
-        self.encoder = Encoder(EmbedConfig(model=task["model"], device="cpu", **task["options"]))
+        config = EmbedConfig(model=task["model"], device="cpu", **task["options"])
+        self.encoder = Encoder(config, json.loads(Path(task["files"][0]).read_text("utf-8"))[:FIRST_TEXTS])
 
     @property
     def about(self) -> dict[str, Any]:

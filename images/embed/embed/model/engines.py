@@ -7,7 +7,7 @@ attempt has finished: a job that was stopped ends with the bytes of one that was
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,10 @@ from estiba.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
-LEAST_COSINE = 0.9999
-MOST_OFF_LENGTH = 0.01
-"""What a vector may differ from that of torch in float32: its direction, and its length relative to torch's. An engine
-that differs by more is not used."""
+LEAST_COSINE = {"float32": 0.9999, "bfloat16": 0.9999, "int8": 0.95}
+MOST_OFF_LENGTH = {"float32": 0.01, "bfloat16": 0.01, "int8": 0.2}
+"""What a vector may differ from that of torch in float32, by the precision of the products: its direction, and its
+length relative to torch's. An engine that differs by more is not used."""
 
 
 class Engines:
@@ -39,6 +39,7 @@ class Engines:
         row_of_width: Callable[[int], Features],
         digest: str,
         why_not: str,
+        calibration: Sequence[Features] = (),
     ) -> None:
         """Choose the fastest engine that the settings allow and that agrees with torch on the samples.
 
@@ -46,18 +47,23 @@ class Engines:
         row_of_width: makes a batch of one row with as many tokens
         digest: that of the model's files
         why_not: why OpenVINO cannot run the model, if that is known
+        calibration: batches of texts as the input's, for products in int8
 
         Raises ConfigError if the settings ask for OpenVINO and it cannot be used.
         """
         self._config, self._samples, self._row_of_width, self._digest = config, samples, row_of_width, digest
-        self.reference = reference
-        self._why_not = why_not or _why_not(reference)
-        if config.engine == "openvino" and self._why_not:
-            raise ConfigError(f"--engine openvino: {self._why_not}; pass --engine auto or torch")
+        self.reference, self._calibration = reference, calibration
+        self._why_not = why_not or _why_not(reference, config.dtype)
+        if self._why_not:
+            self._refuse_if_asked_for(self._why_not)
         if self._why_not and config.engine == "auto" and reference.device.type == "cpu":
             logger.info("torch computes this model, and not OpenVINO: %s", self._why_not)
-        is_half_allowed = config.dtype == "auto" and not self._why_not and has_bfloat16()
-        self._use(self._agreeing(["bfloat16", "float32"] if is_half_allowed else ["float32"], samples))
+        precisions = ["float32"]
+        if config.dtype in ("auto", "int8") and not self._why_not and has_bfloat16():
+            precisions.insert(0, "bfloat16")
+        if config.dtype == "int8":
+            precisions.insert(0, "int8")
+        self._use(self._agreeing(precisions, samples))
 
     def _use(self, engine: Engine) -> None:
         self._best = engine
@@ -108,10 +114,9 @@ class Engines:
             return self.reference
         for precision in precisions:
             try:
-                engine = OpenVinoEngine(self.reference, self._samples[0], self._digest, precision)
+                engine = OpenVinoEngine(self.reference, self._samples[0], self._digest, precision, self._calibration)
             except NotConvertible as error:
-                if self._config.engine == "openvino":
-                    raise ConfigError(f"--engine openvino: {error}; pass --engine auto or torch") from error
+                self._refuse_if_asked_for(str(error))
                 logger.info("torch computes this model, and not OpenVINO: %s", error)
                 return self.reference
             if self._agrees(engine, batches):
@@ -121,6 +126,12 @@ class Engines:
                 "--engine openvino: it gives other vectors than torch for this model; pass --engine torch"
             )
         return self.reference
+
+    def _refuse_if_asked_for(self, why_not: str) -> None:
+        if self._config.dtype == "int8":
+            raise ConfigError(f"--dtype int8: {why_not}; pass --dtype auto")
+        if self._config.engine == "openvino":
+            raise ConfigError(f"--engine openvino: {why_not}; pass --engine auto or torch")
 
     def _agrees(self, engine: Engine, batches: list[Features]) -> bool:
         """Whether the engine's vectors are torch's; says why if they are not."""
@@ -133,18 +144,19 @@ class Engines:
             if not is_out_of_memory(error):
                 raise
             return False  # torch makes batches smaller and names the row that does not fit
-        if lowest >= LEAST_COSINE:
+        least = LEAST_COSINE[engine.precision]
+        if lowest >= least:
             return True
         # That a model needs more than bfloat16 is no fault.
         logger.log(
-            logging.WARNING if engine.is_exact else logging.INFO,
+            logging.INFO if engine.precision == "bfloat16" else logging.WARNING,
             "%s in %s gives other vectors than torch in float32 (lowest cosine %.6f, and at least %s is needed); it is "
-            "not used", engine.version, engine.precision, lowest, LEAST_COSINE,
+            "not used", engine.version, engine.precision, lowest, least,
         )  # fmt: skip
         return False
 
 
-def _why_not(reference: Engine) -> str:
+def _why_not(reference: Engine, dtype: str) -> str:
     """Why OpenVINO cannot take the place of this engine; empty if it can."""
     if reference.device.type != "cpu":
         return f"it computes on a CPU, and the device is {reference.device}"
@@ -152,6 +164,8 @@ def _why_not(reference: Engine) -> str:
         return f"it does not take weights in {str(reference.dtype).removeprefix('torch.')}"
     if not is_installed():
         return "the package openvino is not installed"
+    if dtype == "int8" and not is_installed("nncf"):
+        return "the package nncf is not installed"
     try:
         has_bfloat16()
     except Exception as error:  # a library that does not load, or no plugin for this CPU
@@ -168,7 +182,7 @@ def _lowest_cosine(engine: Engine, reference: Engine, batch: Features) -> float:
     with np.errstate(all="ignore"):
         actual, expected = np.linalg.norm(actual_BD, axis=1), np.linalg.norm(expected_BD, axis=1)
         cosines = (actual_BD * expected_BD).sum(axis=1) / (actual * expected)
-        cosines[np.abs(actual / expected - 1) > MOST_OFF_LENGTH] = -1
+        cosines[np.abs(actual / expected - 1) > MOST_OFF_LENGTH[engine.precision]] = -1
     return float(np.nan_to_num(cosines, nan=-1.0).min(initial=1.0))
 
 

@@ -1,5 +1,5 @@
 """The forward pass by OpenVINO on a CPU: in float32 1.2 times as many tokens per CPU second as torch (MiniLM-L6, one
-thread, AVX-512), in bfloat16 several times as many where the CPU has that.
+thread, AVX-512), in bfloat16 several times as many where the CPU has that; and in int8, where that is asked for.
 
 Each core computes a batch of its own, so the vectors do not depend on the number of cores.
 
@@ -18,7 +18,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,6 +30,7 @@ import torch
 import xxhash
 
 from embed.model.forward import Engine, InFlight, padded_tokens
+from embed.model.int8 import QuantizationFailed, quantized
 from embed.model.tokens import TASK, Features
 from estiba.memory import available_memory_bytes
 
@@ -50,9 +51,9 @@ class EngineError(Exception):
     """What OpenVINO said of a batch that it cannot compute: a traced model may hold the length of its sample."""
 
 
-def is_installed() -> bool:
+def is_installed(package: str = "openvino") -> bool:
     with contextlib.suppress(PackageNotFoundError):
-        return bool(version("openvino"))
+        return bool(version(package))
     return False
 
 
@@ -65,9 +66,12 @@ def runtime() -> Any:
 
 
 def compiled(model: Any, precision: str, *, threads: int, streams: int) -> Any:
-    """The model for this CPU. `precision` is that of the products, float32 or bfloat16."""
+    """The model for this CPU. `precision` is that of the products: float32, bfloat16 or int8."""
+    hints = {"float32": "f32", "bfloat16": "bf16"}
+    if precision == "int8":  # the graph says which products; the rest is computed as without them
+        precision = "bfloat16" if has_bfloat16() else "float32"
     settings = {
-        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
+        "INFERENCE_PRECISION_HINT": hints[precision],
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": streams,
         "ENABLE_CPU_PINNING": False,  # two processes would pin themselves to the same core
@@ -100,10 +104,17 @@ class OpenVinoEngine(Engine):
 
     kind = "openvino"
 
-    def __init__(self, torch_engine: Engine, sample: Features, digest: str, precision: str) -> None:
-        """`sample` is one batch, `digest` that of the model's files, `precision` float32 or bfloat16.
+    def __init__(
+        self,
+        torch_engine: Engine,
+        sample: Features,
+        digest: str,
+        precision: str,
+        calibration: Sequence[Features] = (),
+    ) -> None:
+        """`sample` is one batch, `digest` that of the model's files, `precision` float32, bfloat16 or int8.
 
-        Raises NotConvertible.
+        Products in int8 get their ranges from the batches in `calibration`. Raises NotConvertible.
         """
         super().__init__(
             torch_engine.model,
@@ -120,7 +131,7 @@ class OpenVinoEngine(Engine):
         streams = torch.get_num_threads()
         self.depth = streams + 1  # the one that waits starts as soon as a stream is free
         try:
-            model = _converted(self.model, sample, digest)
+            model = _converted(self.model, sample, digest, calibration if precision == "int8" else ())
             self._compiled = compiled(model, precision, threads=streams, streams=streams)
             self._idle = [self._compiled.create_infer_request() for _ in range(self.depth)]
         except NotConvertible:
@@ -173,9 +184,8 @@ class _Traced(torch.nn.Module):
         return self.model(features, task=TASK)["sentence_embedding"]  # type: ignore[no-any-return]
 
 
-def _converted(model: Any, sample: Features, digest: str) -> Any:
-    """The OpenVINO model, from the cache or made now."""
-    openvino = runtime()
+def _converted(model: Any, sample: Features, digest: str, calibration: Sequence[Features] = ()) -> Any:
+    """The OpenVINO model, from the cache or made now; with int8 products if there are batches for their ranges."""
     tensors = {name: value for name, value in sample.items() if isinstance(value, torch.Tensor)}
     constants = {name: value for name, value in sample.items() if name not in tensors}
     if not set(tensors) <= set(INPUTS) or not {"input_ids", "attention_mask"} <= set(tensors):
@@ -184,17 +194,40 @@ def _converted(model: Any, sample: Features, digest: str) -> Any:
     if re.search(r"'(dynamic|longrope)'", repr([getattr(config, name, None) for name in ROPE])):
         raise NotConvertible("its positions depend on the length of the text")
     libraries = ("openvino", "torch", "transformers", "sentence-transformers")
-    versions = "\0".join(version(name) for name in libraries)
-    key = xxhash.xxh3_128_hexdigest(f"{digest}\0{versions}\0{sorted(tensors)}\0{sorted(constants.items())!r}".encode())
-    path = Path(huggingface_hub.constants.HF_HOME) / "estiba-openvino" / f"{key}.xml"
+    key = [digest, *map(version, libraries), repr(sorted(tensors)), repr(sorted(constants.items()))]
     weights = sum(item.numel() * item.element_size() for item in model.parameters())
+
+    def in_float32() -> Any:
+        return _kept(key, lambda: _convert(model, tensors, constants), weights)
+
+    if not calibration:
+        return in_float32()
+    batches = [{name: batch[name].numpy() for name in tensors} for batch in calibration]
+    texts = xxhash.xxh3_128()
+    for array in (array for batch in batches for array in batch.values()):
+        texts.update(f"{array.shape}".encode() + array.tobytes())
+
+    def in_int8() -> Any:
+        logger.info("quantising the model on %d texts", sum(len(batch["input_ids"]) for batch in batches))
+        return quantized(in_float32(), batches)
+
+    try:
+        return _kept([*key, "int8", version("nncf"), texts.hexdigest()], in_int8, weights)
+    except QuantizationFailed as error:
+        raise NotConvertible(f"its products cannot be quantised ({error})") from error
+
+
+def _kept(key: Sequence[str], make: Callable[[], Any], weights: int) -> Any:
+    """The model that the cache has under the key, or that `make` returns."""
+    name = xxhash.xxh3_128_hexdigest("\0".join(key).encode())
+    path = Path(huggingface_hub.constants.HF_HOME) / "estiba-openvino" / f"{name}.xml"
     with _only_one(path):  # of several workers, the others find the conversion of the first
         if path.is_file():
             _check_memory(weights * READING_FACTOR)
             with contextlib.suppress(Exception):  # a damaged one is made again
-                return openvino.Core().read_model(path)
+                return runtime().Core().read_model(path)
         _check_memory(weights * CONVERTING_FACTOR)
-        return _saved(_convert(model, tensors, constants), path, weights)
+        return _saved(make(), path, weights)
 
 
 def _convert(model: Any, tensors: Features, constants: dict[str, Any]) -> Any:
@@ -246,7 +279,7 @@ def _only_one(path: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            fcntl.flock(stack.enter_context((path.parent / "lock").open("w")), fcntl.LOCK_EX)
+            fcntl.flock(stack.enter_context(path.with_suffix(".lock").open("w")), fcntl.LOCK_EX)
         yield
 
 

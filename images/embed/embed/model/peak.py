@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from embed.model.openvino import compiled, runtime
 
 Products = Sequence[tuple[int, int]]
 """Inputs and outputs of each matrix that a token is multiplied with, in order."""
+INT8_RANGE = np.float32(4)
 MOST_WEIGHTS = 2**25
 """Of a model with more, only one matrix of each shape is used."""
 
@@ -83,8 +85,9 @@ def _by_openvino(products: Products, tokens: int, precision: str, threads: int, 
         if width not in values:
             values[width] = inputs[width] = ops.parameter([tokens, width], openvino.Type.f32)
         unread.pop(width, None)
-        weights = (torch.randn(width, outputs) / width**0.5).numpy()
-        made = ops.matmul(values[width], ops.constant(weights), False, False)
+        weights = ops.constant((torch.randn(width, outputs) / width**0.5).numpy())
+        pair = (values[width], weights)
+        made = ops.matmul(*(map(_in_int8, pair) if precision == "int8" else pair), False, False)
         if outputs in unread:  # a branch that joins another one by a sum or a product
             results.append(unread[outputs])
         values[outputs] = unread[outputs] = made
@@ -102,3 +105,10 @@ def _by_openvino(products: Products, tokens: int, precision: str, threads: int, 
             request.wait()
 
     return run
+
+
+def _in_int8(value: Any) -> Any:
+    from openvino import opset13 as ops
+
+    low, high = ops.constant(-INT8_RANGE), ops.constant(INT8_RANGE * 127 / 128)
+    return ops.fake_quantize(value, low, high, low, high, 256)

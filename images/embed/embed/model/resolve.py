@@ -42,7 +42,14 @@ def device_for(requested: str | None) -> torch.device:
 
 
 def dtype_for(requested: str, device: torch.device) -> torch.dtype:
-    """Half precision on CUDA, where it is several times faster; a CPU without bf16 instructions is slower with it."""
+    """Half precision on CUDA, where it is several times faster; a CPU without bf16 instructions is slower with it.
+
+    Weights stay in float32 for products in int8. Raises ConfigError for those elsewhere than on a CPU.
+    """
+    if requested == "int8":
+        if device.type != "cpu":
+            raise ConfigError(f"--dtype int8: it is for CPUs, and the device is {device}; pass --dtype auto")
+        return torch.float32
     if requested == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
     return DTYPES[requested]

@@ -20,6 +20,8 @@ WIDTHS = (8, 64, 512)
 """Tokens of the rows that are compared at the start. Longer ones may take minutes."""
 TEXTS = 16
 """Texts of the input that are compared at the start, but for longer ones."""
+CALIBRATION_TEXTS = 64
+"""Texts of the input from which products in int8 get their ranges. Of MiniLM-L6 300 give no better ones."""
 
 
 def batches(tokens: Tokens, known_ids: int | None, first_texts: Sequence[str], token_budget: int) -> list[Features]:
@@ -34,6 +36,13 @@ def batches(tokens: Tokens, known_ids: int | None, first_texts: Sequence[str], t
     window = read_window(tokens, first_texts[:TEXTS], known_ids)
     rows = np.flatnonzero((window.status == Status.OK) & (window.n_tokens <= max(WIDTHS)))
     return found + [tokens.features(window, batch, 1) for batch in pack(window.n_tokens, rows, lambda: token_budget)]
+
+
+def calibration(tokens: Tokens, known_ids: int | None, first_texts: Sequence[str], token_budget: int) -> list[Features]:
+    """Batches of the first texts of the input, and of the sentences."""
+    window = read_window(tokens, [*SENTENCES, *first_texts[:CALIBRATION_TEXTS]], known_ids)
+    rows = np.flatnonzero(window.status == Status.OK)
+    return [tokens.features(window, batch, 1) for batch in pack(window.n_tokens, rows, lambda: token_budget)]
 
 
 def row_of_width(tokens: Tokens, width: int) -> Features:
