@@ -69,6 +69,7 @@ case "$room" in
             together "fast tests/shared" "fast tests/launch tests/repo"
         fi ;;
     shared | launch | repo) host "tests/$room" "$@" ;;
+    docker) host -m "docker and not slow" "$@" ;;
     tensors) inside "$TORCH_IMAGE" -q tensors "$@" ;; # checkpoints and training
     contract) contract -m "not slow" tests/contract "$@" ;;
     all)
@@ -77,8 +78,7 @@ case "$room" in
         bash scripts/build.sh $(images) $(images | sed 's/$/-test/') # at once, as they share a base and their wheels
         mapfile -t lines < <(images && echo tensors &&
             images | sed "s/.*/contract --image=& --job-layer-on=$(images | head -n 1)/")
-        together "${lines[@]}"
-        host -m "docker and not slow" tests/launch tests/repo ;;
+        together "docker tests/launch tests/repo" "${lines[@]}" ;; # the longest first
     logged) logged "$@" ;;
     slow)
         contract "${JOB_LAYER[@]}" "$@"

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from estiba.errors import ConfigError, EstibaError
+from estiba.errors import ConfigError, EstibaError, Interrupted
 from estiba.platform import stop as stop_module
 from estiba.platform.stop import GRACE_S, SPOT_NOTICE_S, Stop, seconds
 
@@ -344,3 +344,18 @@ def test_an_action_that_ends_just_after_the_wait_is_no_timeout(monkeypatch: pyte
 
     monkeypatch.setattr("estiba.platform.stop.Future", Late)
     assert Stop().unless_stopped(lambda: 7, "nothing") == 7
+
+
+def test_an_error_after_the_stop_is_the_stop_and_one_before_is_an_error() -> None:
+    """A child process of the action may have heard the signal first."""
+    stop = Stop()
+
+    def fails(stops: bool) -> None:
+        if stops:
+            stop.request("SIGTERM")
+        raise ValueError("the converter was killed")
+
+    with pytest.raises(ValueError, match="the converter was killed"):
+        stop.unless_stopped(lambda: fails(False), "nothing was computed")
+    with pytest.raises(Interrupted, match="nothing was computed"):
+        stop.unless_stopped(lambda: fails(True), "nothing was computed")

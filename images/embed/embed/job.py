@@ -31,7 +31,7 @@ from embed.data.chunks import ModelInfo
 from embed.data.files import inspect, open_input, require_input, separate_bad, share_of, why_not_text
 from embed.data.int96 import with_exact_timestamps
 from embed.data.precision import decoding
-from embed.data.rows import first_texts
+from embed.data.rows import CALIBRATION_TEXTS, COMPARED_TEXTS, first_texts
 from embed.data.table import BadFile, Table
 from embed.state import NOTHING_COMPUTED, JobState
 from estiba import __version__
@@ -73,8 +73,9 @@ def embed(config: EmbedConfig, job: Job, stop: Stop) -> None:
     with checkpoint_store(config, job) as (saved, is_resumed):
         location = stop.unless_stopped(lambda: local_model(config), NOTHING_COMPUTED)
         try:
+            count = COMPARED_TEXTS + (CALIBRATION_TEXTS if config.dtype == "int8" else 0)
             first = stop.unless_stopped(
-                lambda: first_texts(found.store, found.tables, config.text_column), NOTHING_COMPUTED
+                lambda: first_texts(found.store, found.tables, config.text_column, count), NOTHING_COMPUTED
             )
             pool = start_pool(config.model_copy(update={"model": location}), found.store.url, first, stop)
         except ConfigError as error:  # the user knows the address, and not the directory that it was copied to

@@ -101,7 +101,8 @@ class Stop:
     def unless_stopped(self, action: Callable[[], T], what_is_safe: str) -> T:
         """Run an action that cannot poll the flag, such as loading a model, and abandon it on a stop.
 
-        Raises what the action raised, or Interrupted; its thread then runs until the process ends.
+        Raises what the action raised, or Interrupted; its thread then runs until the process ends. An error after the
+        stop may be its consequence, as that of a child process that heard it too, and counts as Interrupted.
         """
         future: Future[T] = Future()
 
@@ -115,9 +116,13 @@ class Stop:
         while not self():
             try:
                 return future.result(timeout=0.1)
-            except TimeoutError:
-                if future.done():  # the action raised it, or ended just after the wait
+            except Exception:
+                if not future.done():  # the wait timed out
+                    continue
+                if future.exception() is None:  # it ended just after the wait
                     return future.result()
+                if not self():
+                    raise
         raise self.interrupted(what_is_safe)
 
     def interrupted(self, what_is_safe: str) -> Interrupted:

@@ -54,7 +54,7 @@ def watched_hosts(job: Job, dist: DistContext, stop: Stop) -> Iterator[None]:
     except Interrupted as error:  # all ranks stop together
         if watch.loss is None or stop.reason != watch.loss:
             raise
-        raise RanksLost(f"{watch.loss}; run the same command again to resume") from error
+        raise RanksLost(str(error).removeprefix("stopped by ")) from error
     except Exception as error:
         text = first_line(error)
         code = getattr(error, "exit_code", 1)

@@ -221,11 +221,12 @@ def test_memory_does_not_grow_with_the_row_group(tmp_path):
     assert rows_read == rows and isinstance(file, io.BufferedReader)
 
 
-def test_the_first_texts_are_those_of_the_first_row_group_that_can_be_read(tmp_path, monkeypatch):
+def test_the_first_texts_are_those_of_the_first_row_groups_that_can_be_read(tmp_path, monkeypatch):
     """Whatever a reader raises is that file's fault, but an S3 server that does not answer says nothing of a file."""
     tables = [table_of(tmp_path, {"texto": [None, f"{name} uno", " "]}, f"{name}.parquet") for name in "ab"]
     store, original = FileStore(tmp_path), reading.texts_of
-    assert first_texts(store, tables, "texto") == ["a uno"]
+    assert first_texts(store, tables, "texto", 1) == ["a uno"]
+    assert first_texts(store, tables, "texto", 9) == ["a uno", "b uno"]
 
     def texts_of(batch: pa.RecordBatch, column: str) -> list[str | bytes | None]:
         found = original(batch, column)
@@ -234,7 +235,7 @@ def test_the_first_texts_are_those_of_the_first_row_group_that_can_be_read(tmp_p
         return found
 
     monkeypatch.setattr(reading, "texts_of", texts_of)
-    assert first_texts(store, tables, "texto") == ["b uno"]
+    assert first_texts(store, tables, "texto", 9) == ["b uno"]
     monkeypatch.setattr(FileStore, "is_durable", True)
 
     def unanswered(*_: object, **__: object) -> None:
@@ -242,4 +243,4 @@ def test_the_first_texts_are_those_of_the_first_row_group_that_can_be_read(tmp_p
 
     monkeypatch.setattr(FileStore, "open", unanswered)
     with pytest.raises(StoreError, match="no answer"):
-        first_texts(store, tables, "texto")
+        first_texts(store, tables, "texto", 9)

@@ -108,7 +108,7 @@ class Encoder:
         if config.engine != "torch" and not why_not:
             compared = samples.batches(tokens, self._known_ids, first_texts, self.token_budget)
         if config.dtype == "int8" and not why_not:
-            calibration = samples.calibration(tokens, self._known_ids, first_texts, self.token_budget)
+            calibration = samples.calibration(tokens, self._known_ids, first_texts)
         self._engines = Engines(
             config,
             self._engine,
@@ -131,6 +131,7 @@ class Encoder:
             "dtype": self._engine.precision,
             "hardware": cpu_name() if is_cpu else torch.cuda.get_device_name(self._engine.device),
             "threads": self._engine.threads,
+            **({"ranges": self._engine.ranges} if self._engine.ranges else {}),
             **chosen,
         }
 

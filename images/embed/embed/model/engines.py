@@ -55,15 +55,15 @@ class Engines:
         self.reference, self._calibration = reference, calibration
         self._why_not = why_not or _why_not(reference, config.dtype)
         if self._why_not:
-            self._refuse_if_asked_for(self._why_not)
+            self._refuse_if_asked_for(config.dtype, self._why_not)
         if self._why_not and config.engine == "auto" and reference.device.type == "cpu":
             logger.info("torch computes this model, and not OpenVINO: %s", self._why_not)
-        precisions = ["float32"]
+        self._precisions = ["float32"]
         if config.dtype in ("auto", "int8") and not self._why_not and has_bfloat16():
-            precisions.insert(0, "bfloat16")
+            self._precisions.insert(0, "bfloat16")
         if config.dtype == "int8":
-            precisions.insert(0, "int8")
-        self._use(self._agreeing(precisions, samples))
+            self._precisions.insert(0, "int8")
+        self._use(self._agreeing(self._precisions, samples))
 
     def _use(self, engine: Engine) -> None:
         self._best = engine
@@ -99,8 +99,8 @@ class Engines:
             return
         if (kind, precision) == (self.reference.kind, self.reference.precision):
             self._use(self.reference)
-        elif (kind, precision) == (OpenVinoEngine.kind, "float32"):
-            self._use(self._agreeing(["float32"], self._samples))
+        elif kind == OpenVinoEngine.kind and precision in self._precisions:
+            self._use(self._agreeing([precision, *self._precisions], self._samples))
         else:
             return
         logger.info("continuing with %s in %s, as the saved rows", self._best.version, self._best.precision)
@@ -116,19 +116,20 @@ class Engines:
             try:
                 engine = OpenVinoEngine(self.reference, self._samples[0], self._digest, precision, self._calibration)
             except NotConvertible as error:
-                self._refuse_if_asked_for(str(error))
+                self._refuse_if_asked_for(precision, str(error))
                 logger.info("torch computes this model, and not OpenVINO: %s", error)
                 return self.reference
             if self._agrees(engine, batches):
                 return engine
+            del engine  # before the next one is loaded
         if self._config.engine == "openvino":
             raise ConfigError(
                 "--engine openvino: it gives other vectors than torch for this model; pass --engine torch"
             )
         return self.reference
 
-    def _refuse_if_asked_for(self, why_not: str) -> None:
-        if self._config.dtype == "int8":
+    def _refuse_if_asked_for(self, precision: str, why_not: str) -> None:
+        if precision == "int8":
             raise ConfigError(f"--dtype int8: {why_not}; pass --dtype auto")
         if self._config.engine == "openvino":
             raise ConfigError(f"--engine openvino: {why_not}; pass --engine auto or torch")

@@ -88,6 +88,8 @@ class Engine:
         self.dimensions = dimensions
         self.precision = str(dtype).removeprefix("torch.")
         """Precision of the matrix products; the weights have `dtype`."""
+        self.ranges = ""
+        """Digest of the texts on which the ranges of products in int8 were set."""
         self.version = f"torch {torch.__version__}"
         self.threads = torch.get_num_threads() if device.type == "cpu" else 0
         """That compute one batch, on a CPU: they decide the order of a sum."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,26 +27,36 @@ KEPT = 1 / 3
 
 
 class QuantizationFailed(Exception):
-    """What NNCF said last."""
+    """Why NNCF did not quantise a model."""
 
 
-def quantized(model: Any, batches: Sequence[dict[str, np.ndarray]]) -> Any:
-    """The OpenVINO model with int8 products. Raises QuantizationFailed."""
+def quantized(model: Any, batches: Sequence[dict[str, np.ndarray]], folder: Path) -> Any:
+    """The OpenVINO model with int8 products. `folder` is for files on the way. Raises QuantizationFailed."""
     import openvino
 
-    with tempfile.TemporaryDirectory() as folder:
-        given, arrays, made = (Path(folder) / name for name in ("given.xml", "batches.npz", "made.xml"))
-        openvino.save_model(model, given, compress_to_fp16=False)
-        numbered = [(f"{number:04d} ", batch) for number, batch in enumerate(batches)]
-        np.savez(arrays, **{number + name: array for number, batch in numbered for name, array in batch.items()})
-        command = [sys.executable, "-P", __file__, str(given), str(arrays), str(made)]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-        if done.returncode:
-            said = (done.stderr or done.stdout).strip() or f"it ended with {done.returncode}"
-            raise QuantizationFailed(" ".join(said.splitlines()[-1].split())[:200])
-        core = openvino.Core()
-        core.set_property({"ENABLE_MMAP": False})  # the file is removed
-        return core.read_model(made)
+    from estiba.processes import die_with_parent, exit_report
+
+    given, arrays, made = (folder / name for name in ("given.xml", "batches.npz", "made.xml"))
+    openvino.save_model(model, given, compress_to_fp16=False)
+    numbered = [(f"{number:04d} ", batch) for number, batch in enumerate(batches)]
+    np.savez(arrays, **{number + name: array for number, batch in numbered for name, array in batch.items()})
+    done = subprocess.run(
+        [sys.executable, "-P", __file__, str(given), str(arrays), str(made)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        start_new_session=True,  # a stop is this process's to handle
+        preexec_fn=die_with_parent,
+    )
+    if done.returncode < 0:
+        raise QuantizationFailed(exit_report("NNCF", done.returncode).partition("; its last")[0])
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip() or f"it ended with {done.returncode}"
+        raise QuantizationFailed(" ".join(said.splitlines()[-1].split())[:200])
+    core = openvino.Core()
+    core.set_property({"ENABLE_MMAP": False})  # the file is removed
+    return core.read_model(made)
 
 
 def _quantize(given: Path, arrays: Path, made: Path) -> None:

@@ -30,7 +30,7 @@ import torch
 import xxhash
 
 from embed.model.forward import Engine, InFlight, padded_tokens
-from embed.model.int8 import QuantizationFailed, quantized
+from embed.model.int8 import KEPT, SMOOTHING, QuantizationFailed, quantized
 from embed.model.tokens import TASK, Features
 from estiba.memory import available_memory_bytes
 
@@ -131,7 +131,9 @@ class OpenVinoEngine(Engine):
         streams = torch.get_num_threads()
         self.depth = streams + 1  # the one that waits starts as soon as a stream is free
         try:
-            model = _converted(self.model, sample, digest, calibration if precision == "int8" else ())
+            calibration = calibration if precision == "int8" else ()
+            self.ranges = _digest_of(calibration)
+            model = _converted(self.model, sample, digest, calibration)
             self._compiled = compiled(model, precision, threads=streams, streams=streams)
             self._idle = [self._compiled.create_infer_request() for _ in range(self.depth)]
         except NotConvertible:
@@ -197,37 +199,73 @@ def _converted(model: Any, sample: Features, digest: str, calibration: Sequence[
     key = [digest, *map(version, libraries), repr(sorted(tensors)), repr(sorted(constants.items()))]
     weights = sum(item.numel() * item.element_size() for item in model.parameters())
 
+    name = xxhash.xxh3_128_hexdigest("\0".join(key).encode())
+
     def in_float32() -> Any:
-        return _kept(key, lambda: _convert(model, tensors, constants), weights)
+        return _kept(name, lambda _: _convert(model, tensors, constants), weights)
 
     if not calibration:
         return in_float32()
     batches = [{name: batch[name].numpy() for name in tensors} for batch in calibration]
-    texts = xxhash.xxh3_128()
-    for array in (array for batch in batches for array in batch.values()):
-        texts.update(f"{array.shape}".encode() + array.tobytes())
+    ranges = xxhash.xxh3_128_hexdigest(f"{_digest_of(calibration)} {version('nncf')} {SMOOTHING} {KEPT}".encode())
 
-    def in_int8() -> Any:
+    def in_int8(folder: Path) -> Any:
         logger.info("quantising the model on %d texts", sum(len(batch["input_ids"]) for batch in batches))
-        return quantized(in_float32(), batches)
+        return quantized(in_float32(), batches, folder)
 
     try:
-        return _kept([*key, "int8", version("nncf"), texts.hexdigest()], in_int8, weights)
+        made = _kept(f"{name}-int8-{ranges}", in_int8, weights)
     except QuantizationFailed as error:
         raise NotConvertible(f"its products cannot be quantised ({error})") from error
+    _forget_others(name, ranges)
+    return made
 
 
-def _kept(key: Sequence[str], make: Callable[[], Any], weights: int) -> Any:
-    """The model that the cache has under the key, or that `make` returns."""
-    name = xxhash.xxh3_128_hexdigest("\0".join(key).encode())
-    path = Path(huggingface_hub.constants.HF_HOME) / "estiba-openvino" / f"{name}.xml"
+def _digest_of(batches: Sequence[Features]) -> str:
+    digest = xxhash.xxh3_64()
+    for array in (value.numpy() for batch in batches for value in batch.values() if isinstance(value, torch.Tensor)):
+        digest.update(f"{array.shape}".encode() + array.tobytes())
+    return digest.hexdigest() if batches else ""
+
+
+def _folder() -> Path:
+    return Path(huggingface_hub.constants.HF_HOME) / "estiba-openvino"
+
+
+def _kept(name: str, make: Callable[[Path], Any], weights: int) -> Any:
+    """The model that the cache has under a name, or that `make` returns; that gets a folder for files on the way."""
+    path = _folder() / f"{name}.xml"
     with _only_one(path):  # of several workers, the others find the conversion of the first
         if path.is_file():
             _check_memory(weights * READING_FACTOR)
             with contextlib.suppress(Exception):  # a damaged one is made again
                 return runtime().Core().read_model(path)
         _check_memory(weights * CONVERTING_FACTOR)
-        return _saved(make(), path, weights)
+        with _work_folder(path) as folder:
+            model = make(folder)
+        return _saved(model, path, weights)
+
+
+def _forget_others(name: str, ranges: str) -> None:
+    """Remove int8 forms of a model for other texts, of which every input would leave one. What is mapped lives on."""
+    for path in _folder().glob(f"{name}-int8-*"):
+        if ranges not in path.name:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+@contextlib.contextmanager
+def _work_folder(path: Path) -> Iterator[Path]:
+    """An empty folder, if possible beside the model, where the next attempt removes what a killed one left."""
+    with contextlib.ExitStack() as stack:
+        beside = path.with_suffix(".new")
+        try:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir()
+            stack.callback(shutil.rmtree, beside, ignore_errors=True)
+        except OSError:
+            beside = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        yield beside
 
 
 def _convert(model: Any, tensors: Features, constants: dict[str, Any]) -> Any:

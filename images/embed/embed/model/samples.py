@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from embed.data.chunks import Status
+from embed.data.rows import COMPARED_TEXTS
 from embed.model.batches import pack
 from embed.model.tokens import Features, Tokens, Window, read_window
 
@@ -18,10 +19,8 @@ SENTENCES = (
 """Several scripts, since a model of one language may know no word of another."""
 WIDTHS = (8, 64, 512)
 """Tokens of the rows that are compared at the start. Longer ones may take minutes."""
-TEXTS = 16
-"""Texts of the input that are compared at the start, but for longer ones."""
-CALIBRATION_TEXTS = 64
-"""Texts of the input from which products in int8 get their ranges. Of MiniLM-L6 300 give no better ones."""
+CALIBRATION_TOKENS = 1024
+"""In a batch: the ranges are means over batches, so they do not depend on the settings."""
 
 
 def batches(tokens: Tokens, known_ids: int | None, first_texts: Sequence[str], token_budget: int) -> list[Features]:
@@ -33,16 +32,23 @@ def batches(tokens: Tokens, known_ids: int | None, first_texts: Sequence[str], t
     found = [tokens.features(window, np.flatnonzero(window.status == Status.OK), 1)]
     window = _of_widths(tokens, WIDTHS)
     found.append(tokens.features(window, np.arange(len(WIDTHS)), 1))
-    window = read_window(tokens, first_texts[:TEXTS], known_ids)
+    window = read_window(tokens, first_texts[:COMPARED_TEXTS], known_ids)
     rows = np.flatnonzero((window.status == Status.OK) & (window.n_tokens <= max(WIDTHS)))
     return found + [tokens.features(window, batch, 1) for batch in pack(window.n_tokens, rows, lambda: token_budget)]
 
 
-def calibration(tokens: Tokens, known_ids: int | None, first_texts: Sequence[str], token_budget: int) -> list[Features]:
-    """Batches of the first texts of the input, and of the sentences."""
-    window = read_window(tokens, [*SENTENCES, *first_texts[:CALIBRATION_TEXTS]], known_ids)
-    rows = np.flatnonzero(window.status == Status.OK)
-    return [tokens.features(window, batch, 1) for batch in pack(window.n_tokens, rows, lambda: token_budget)]
+def calibration(tokens: Tokens, known_ids: int | None, first_texts: Sequence[str]) -> list[Features]:
+    """Batches of sentences and of the first texts of the input, without those that are compared if there are enough.
+
+    A longer text counts with as many tokens as the longest row that is compared.
+    """
+    rest = first_texts[COMPARED_TEXTS:]
+    texts = rest if len(rest) >= COMPARED_TEXTS else first_texts
+    window = read_window(tokens, [*SENTENCES, *texts], known_ids)
+    rows_ids = np.split(window.ids, window.starts[1:-1])
+    window = _window([ids[: max(WIDTHS)] for ids in rows_ids if len(ids)])
+    rows = np.arange(len(window.n_tokens))
+    return [tokens.features(window, batch, 1) for batch in pack(window.n_tokens, rows, lambda: CALIBRATION_TOKENS)]
 
 
 def row_of_width(tokens: Tokens, width: int) -> Features:
@@ -53,12 +59,16 @@ def row_of_width(tokens: Tokens, width: int) -> Features:
 def _of_widths(tokens: Tokens, widths: Sequence[int]) -> Window:
     text = " ".join(SENTENCES * max(widths))  # each has a token at least
     ids = read_window(tokens, [text]).ids
-    lengths = np.minimum(widths, len(ids)).astype(np.int32)
+    return _window([ids[:width] for width in widths])
+
+
+def _window(rows: Sequence[np.ndarray]) -> Window:
+    lengths = np.array([len(row) for row in rows], np.int32)
     return Window(
         status=np.zeros(len(lengths), np.uint8),
         n_tokens=lengths,
         truncated=np.zeros(len(lengths), bool),
-        ids=np.concatenate([ids[:length] for length in lengths]),
+        ids=np.concatenate(rows),
         starts=np.concatenate([[0], np.cumsum(lengths)]),
         unknown={},
         texts=[],
