@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from estiba.platform.host_agent import HostAgent, token_of
+from estiba.platform.host_agent import HostAgent
+from estiba.platform.hosts import token_of
 from estiba.platform.outcomes import CONSEQUENCE, ERROR, LOST, Failure, first
 from estiba.platform.steps import StepWatch, report_step
 from shared.script_hosts import Hosts, free_port

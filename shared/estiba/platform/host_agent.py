@@ -10,7 +10,6 @@ Standard library only; all threads are daemons.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import hmac
 import json
 import signal
@@ -24,7 +23,7 @@ from typing import Any
 from estiba.errors import RanksLost
 from estiba.log import get_logger
 from estiba.platform.agent_addresses import Addresses
-from estiba.platform.hosts import Hosts
+from estiba.platform.hosts import Hosts, token_of
 from estiba.platform.outcomes import CONSEQUENCE, LOST, STOPPED, Failure, first
 from estiba.platform.stop import seconds
 
@@ -45,8 +44,6 @@ SETTLE_S = 2.0
 FROZEN_S = 5.0
 """A gap between two beats of this host's own clock: it stood still itself, so the others' silence proves nothing."""
 MAX_BYTES = 65_536
-JOB_NAMES = ("ESTIBA_JOB_TOKEN", "TRAINING_JOB_ARN", "TRAINING_JOB_NAME", "AWS_BATCH_JOB_ID", "PET_RDZV_ID")
-"""Variables of which one tells this job from others on its network."""
 PREPARING, READY, RUNNING, ENDED = "preparing", "ready", "running", "ended"
 EXIT_LOST = RanksLost.exit_code
 """Exit status after another host was lost: EX_TEMPFAIL, start again. A bug keeps its own status, a stop has 143."""
@@ -363,20 +360,6 @@ class HostAgent:
                 peer.step = message["step"] if isinstance(message.get("step"), int) else None
                 self._changed.notify_all()
         return True
-
-
-def token_of(environ: Mapping[str, str], hosts: Sequence[str]) -> str:
-    """Return what tells this job from others on its network: the same on all of its hosts.
-
-    A static torchrun has no name. Two of them on the same hosts have different ports.
-    """
-    variable = next(filter(environ.get, JOB_NAMES), "")
-    name = environ.get(variable, "")
-    if variable == "AWS_BATCH_JOB_ID":
-        name = name.partition("#")[0]  # `#` and the node
-    elif not variable:
-        name = environ.get("MASTER_PORT") or environ.get("PET_MASTER_PORT", "")
-    return hashlib.sha256("\n".join([name, *sorted(hosts)]).encode()).hexdigest()
 
 
 def start_agent(hosts: Hosts, environ: Mapping[str, str]) -> HostAgent | None:

@@ -14,6 +14,7 @@ batch script of Slurm that does not use `srun` runs on one node only, so it coun
 
 from __future__ import annotations
 
+import hashlib
 import re
 import socket
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,8 @@ RESOURCES = "resourceconfig.json"
 WRITTEN_BY_US = "estiba"
 """`written_by` in a resourceconfig.json that PID 1 wrote for a container that had none. The next container in the same
 directory must not read it."""
+JOB_NAMES = ("ESTIBA_JOB_TOKEN", "TRAINING_JOB_ARN", "TRAINING_JOB_NAME", "AWS_BATCH_JOB_ID", "PET_RDZV_ID")
+"""Variables of which one tells this job from others on its network."""
 MAX_HOSTS = 65_536
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
@@ -159,6 +162,20 @@ def _of_batch(environ: Mapping[str, str]) -> Hosts | None:
     # Swapped, so that the main node has rank 0 and each rank stays one node's.
     rank = {main_index: 0, 0: main_index}.get(index, index)
     return _numbered(rank, count, main=main, source="AWS Batch", wrong=names)
+
+
+def token_of(environ: Mapping[str, str], hosts: Sequence[str]) -> str:
+    """Return what tells this job from others on its network: the same on all of its hosts.
+
+    A static torchrun has no name. Two of them on the same hosts have different ports.
+    """
+    variable = next(filter(environ.get, JOB_NAMES), "")
+    name = environ.get(variable, "")
+    if variable == "AWS_BATCH_JOB_ID":
+        name = name.partition("#")[0]  # `#` and the node
+    elif not variable:
+        name = environ.get("MASTER_PORT") or environ.get("PET_MASTER_PORT", "")
+    return hashlib.sha256("\n".join([name, *sorted(hosts)]).encode()).hexdigest()
 
 
 def expand_nodes(text: str) -> list[str]:

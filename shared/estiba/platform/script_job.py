@@ -115,7 +115,10 @@ def wait_until_ready(agent: HostAgent, environ: Mapping[str, str]) -> None:
     except TimeoutError as error:
         text = f"{error} did not start within {wait_s:.0f} s"
         agent.finish(Failure(text=text, host=agent.current, at=time.time(), code=2))
-        raise ConfigError(f"{text}; start every host of the job, with an image that has a host agent") from None
+        raise ConfigError(
+            f"{text}; start every host of the job, with an image that has a host agent, and let TCP port "
+            f"{agent.addresses.port} pass between them, or set ESTIBA_HOST_AGENT=0 on all"
+        ) from None
     if (verdict := agent.verdict()) is not None:
         agent.finish(None)
         raise HostFailed(verdict)
