@@ -25,7 +25,7 @@ if [ "${TARGET:-local}" = local ]; then
     fi
     if [ "$name" = finetune ] && [ -z "${TRAINING_URI:-}" ] && [[ "$*" != *TRAINING_URI* ]]; then
         # 480 of the 55,621 rows, which two CPU cores train on in minutes.
-        set -- --set MAX_RECORDS=480 --set EPOCHS=2 --set ACCUMULATION=1 --set LEARNING_RATE=0.001 \
+        set -- --set MAX_RECORDS=480 --set EPOCHS=1 --set ACCUMULATION=1 --set LEARNING_RATE=0.001 \
             --set EVAL_RECORDS=24 --set ANSWER_QUESTIONS=144 --set SAVE_STEPS=20 "$@"
     fi
     if [ "$name" = multinode ] && [ -z "${TRAINING_URI:-}" ] && [[ "$*" != *TRAINING_URI* ]]; then

@@ -46,7 +46,8 @@ def check_locations(config: EmbedConfig) -> None:
 def _comparable(location: str) -> str | Path:
     """An S3 address as it is, or the real path of a local one: a link must not lead the output into the input."""
     if location.startswith("s3://"):
-        return location.rstrip("/")
+        bucket, _, prefix = location.removeprefix("s3://").partition("/")
+        return f"{bucket}/{prefix.strip('/')}".rstrip("/")
     store = open_store(location)
     return Path(os.path.realpath(store.root)) if isinstance(store, FileStore) else store.url
 

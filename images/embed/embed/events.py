@@ -59,6 +59,8 @@ class FileBroken:
 
     path: str
     reason: str
+    may_be_good: bool = False
+    """As in BadFile."""
 
 
 @dataclass(frozen=True, kw_only=True)

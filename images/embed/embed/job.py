@@ -99,7 +99,7 @@ def embed(config: EmbedConfig, job: Job, stop: Stop) -> None:
         old += [
             OldOutput(path=item.path, reason="its input can no longer be embedded")
             for item in state.bad
-            if item.path in state.old_outputs
+            if item.path in state.old_outputs and not item.may_be_good
         ]
         results = results_of(
             state,
@@ -137,10 +137,11 @@ class Input:
 
 def list_input(config: EmbedConfig, job: Job, target: Store) -> Input:
     """List and inspect this host's files. Raises ConfigError if none can be embedded."""
-    listing = open_input(config.input_path)
-    source, files, ignored = listing.store, listing.files, listing.ignored
-    channel = job.channel_of(Path(config.input_path)) if isinstance(source, FileStore) else None
+    store = open_store(config.input_path)
+    channel = job.channel_of(Path(config.input_path)) if isinstance(store, FileStore) else None
     is_sharded = channel is not None and channel.is_sharded
+    listing = open_input(config.input_path, may_be_empty=is_sharded)
+    source, files, ignored = listing.store, listing.files, listing.ignored
     if not files and not is_sharded:
         raise ConfigError(
             f"--input-path {config.input_path}: holds hidden files only ({names_of(ignored)}); a name that begins with "
@@ -211,8 +212,13 @@ def local_model(config: EmbedConfig) -> str:
         raise ConfigError(f"--revision {revision} applies to hub models only, and {model} is a location; leave it out")
     if not model.startswith(("s3://", "file://")):
         return model
-    folder = Path(tempfile.gettempdir()) / f"estiba-model-{xxhash.xxh3_64_hexdigest(model.encode())}"
-    return str(stage(model, folder))
+    store = open_store(model)
+    if isinstance(store, FileStore):
+        return str(store.root)
+    # A model that was replaced at the same address has another listing.
+    listing = [f"{entry.path} {entry.size_bytes} {entry.etag}" for entry in store.list()]
+    name = xxhash.xxh3_64_hexdigest("\0".join([model, *listing]).encode())
+    return str(stage(model, Path(tempfile.gettempdir()) / f"estiba-model-{name}"))
 
 
 def open_state(
@@ -269,7 +275,14 @@ def old_outputs(config: EmbedConfig, job: Job, state: JobState, model: ModelInfo
     paths = [entry.path for entry in state.target.list()]
     provenance = stale.find_provenance(state.target, [path for path in paths if path not in known])
     if config.stale_outputs != "remove":
-        stale.refuse_two_models(state.target, provenance, model)
+        stale.refuse_two_models(
+            state.target, provenance, model, "pass another --output-path, or --stale-outputs remove to replace them"
+        )
+    elif found.paths is None and job.host_count == 1:  # one file: the outputs of others are neither replaced nor stale
+        others = {path: value for path, value in provenance.items() if path not in state.files}
+        stale.refuse_two_models(
+            state.target, others, model, "one input file replaces its own output only; pass another --output-path"
+        )
     state.old_outputs = frozenset(provenance)
     if job.host_index != 0:
         return []

@@ -21,6 +21,7 @@ import numpy as np
 
 from embed.config import EmbedConfig
 from embed.data.chunks import Status
+from embed.data.identity import FileChangedError
 from embed.data.known_vectors import KnownVectors
 from embed.data.passages import Passages
 from embed.data.rows import half_of
@@ -150,7 +151,8 @@ class Pipeline:
         limits = limits_for(self.encoder.device, max_length, self.encoder.info.token_dimensions)
 
         def report(table: Table, error: Exception) -> None:
-            emit(FileBroken(path=table.path, reason=str(error)))
+            may_be_good = isinstance(error, FileChangedError)
+            emit(FileBroken(path=table.path, reason=str(error), may_be_good=may_be_good))
 
         for task in tasks:
             for key, name in task.partials:

@@ -25,6 +25,7 @@ from embed.data.chunks import (
     key_of,
     range_of,
 )
+from embed.data.identity import FileChangedError
 from embed.data.precision import vector_fields
 from embed.data.table import BadFile, Table
 from embed.data.windows import Task, tasks_of, window_rows
@@ -226,7 +227,7 @@ class JobState:
                 return
             item = self.files[event.path]
             if isinstance(event, FileBroken):
-                self._give_up(item, event.reason)
+                self._give_up(item, event.reason, event.may_be_good)
                 return
             for key, name in (*event.parts, (key_of(file_key(item.table), event.row_range), event.name)):
                 self.chunks.adopt(key, name)
@@ -255,15 +256,16 @@ class JobState:
                 file=path,
             )
 
-    def _give_up(self, item: FileState, reason: str) -> None:
+    def _give_up(self, item: FileState, reason: str, may_be_good: bool) -> None:
         if item.state is State.BAD:
             return
         if item.state is State.DONE:  # its last rows were sound, and what follows them is not
             self.target.delete(item.table.path)
             item.written = None
         item.state = State.BAD
-        self.bad.append(BadFile(path=item.table.path, reason=reason.removeprefix(f"{item.table.path}: ")))
-        logger.info(f"bad file: {item.table.path}: {self.bad[-1].reason}")
+        path = item.table.path
+        self.bad.append(BadFile(path=path, reason=reason.removeprefix(f"{path}: "), may_be_good=may_be_good))
+        logger.info(f"bad file: {path}: {self.bad[-1].reason}")
 
     # --- joining -----------------------------------------------------------------------------------------------
 
@@ -291,28 +293,36 @@ class JobState:
                 )
             self._joined(item, written)
         except ChunkLost as lost:
-            with self.lock:
-                item.coverage.remove(lost.row_range)
-                item.is_joining = False
-                self.lost.append(lost.row_range)
-                self.attempt.chunks_lost += 1
-                # Its rows are computed once more, and count once.
-                saved = self._saved.pop((item.table.path, lost.row_range), None)
-                if saved is None:
-                    self.attempt.rows_found -= lost.row_range.rows
-                else:
-                    self.attempt.rows_found -= saved.resumed
-                    self.attempt.rows_copied -= saved.copied
-                    self.attempt.rows_reused -= saved.reused
-                    computed = lost.row_range.rows - saved.resumed - saved.copied - saved.reused
-                    self.attempt.rows_computed -= computed
+            self._forget(item, [lost.row_range, *self._other_lost(item)])
         except Abandoned:
             pass
         except DataError as error:
             with self.lock:
-                self._give_up(item, str(error))
+                self._give_up(item, str(error), isinstance(error, FileChangedError))
         except BaseException as error:
             self.error = error
+
+    def _other_lost(self, item: FileState) -> list[RowRange]:
+        """The ranges of a file whose chunks are there and do not verify, so that all are computed again at once."""
+        keys = {key_of(file_key(item.table), each): each for each in item.coverage.all_ranges}
+        return [each for key, each in keys.items() if key in self.chunks and self.chunks.load(key) is None]
+
+    def _forget(self, item: FileState, lost: Iterable[RowRange]) -> None:
+        """Have rows computed once more; they count once."""
+        with self.lock:
+            item.is_joining = False
+            for row_range in lost:
+                item.coverage.remove(row_range)
+                self.lost.append(row_range)
+                self.attempt.chunks_lost += 1
+                saved = self._saved.pop((item.table.path, row_range), None)
+                if saved is None:
+                    self.attempt.rows_found -= row_range.rows
+                    continue
+                self.attempt.rows_found -= saved.resumed
+                self.attempt.rows_copied -= saved.copied
+                self.attempt.rows_reused -= saved.reused
+                self.attempt.rows_computed -= row_range.rows - saved.resumed - saved.copied - saved.reused
 
     def _joined(self, item: FileState, written: Written) -> None:
         with self.lock:

@@ -78,6 +78,8 @@ class ChunkStore:
         """Return the verified bytes, or None if the chunk is absent or was quarantined.
 
         `may_be_gone` if another process may have dropped it since it was listed, which is no fault.
+
+        Raises StoreError if S3 does not give it: that says nothing of its bytes.
         """
         path = self._names.get(key)
         if path is None:
@@ -88,9 +90,12 @@ class ChunkStore:
             data = self.store.read(path)
             problem = None if digest_of(data) == match["digest"] else "its bytes do not match its digest"
         except StoreError as error:
-            if may_be_gone and self.store.head(path) is None:
+            is_gone = self.store.head(path) is None
+            if may_be_gone and is_gone:
                 self._names.pop(key, None)
                 return None
+            if self.store.is_durable and not is_gone:
+                raise
             data, problem = b"", str(error)
         if problem is None:
             return data

@@ -18,11 +18,15 @@ import pytest
 from rehearsal import WORDS, compare, make_input
 from whole_job import outputs, run, write
 
+from embed.artifacts.outputs import why_not_named
+from embed.checks import check_locations
 from embed.config import EmbedConfig
 from embed.job import embed
+from estiba.checkpoint import ChunkStore
 from estiba.errors import ConfigError, DataError, EstibaError, Interrupted, StoreError
 from estiba.platform.contract import Job
 from estiba.platform.stop import Stop
+from estiba.storage import FileStore, open_store
 
 
 def test_rows_keep_their_order_and_columns_and_get_a_unit_vector(root, inputs, tiny_model):
@@ -507,3 +511,75 @@ def test_the_tokenizer_guides_command_line_works_as_it_is(tmp_path, tiny_model, 
     assert done.returncode == 0, done.stderr
     assert pq.read_table(tmp_path / "output/a.parquet")["status"].to_pylist() == ["ok", "null", "ok"]
     assert json.loads((tmp_path / "output/results.json").read_text())["rows"]["embedded"] == 2
+
+
+def test_a_host_of_a_sharded_channel_may_have_no_file(root, inputs, tiny_model):
+    config_dir = root / "input/config"
+    config_dir.mkdir()
+    (config_dir / "resourceconfig.json").write_text(
+        json.dumps({"current_host": "algo-2", "hosts": ["algo-1", "algo-2"]})
+    )
+    (config_dir / "inputdataconfig.json").write_text(
+        json.dumps({"dataset": {"TrainingInputMode": "File", "S3DistributionType": "ShardedByS3Key"}})
+    )
+    inputs.mkdir(parents=True, exist_ok=True)
+    embed(EmbedConfig(model=str(tiny_model)), Job.read(), Stop())
+    results = json.loads((root / "output/data/results-algo-2.json").read_text())
+    assert results["status"] == "complete" and results["files"]["done"] == 0
+
+
+def test_many_damaged_chunks_of_a_file_are_computed_again_at_once(root, inputs, tiny_model):
+    write(inputs / "a.parquet", [f"barco {index}" for index in range(90)])
+    table = pq.read_table(inputs / "a.parquet")
+    pq.write_table(table, inputs / "a.parquet", row_group_size=10)
+    run(tiny_model)
+    before = (root / "output/data/a.parquet").read_bytes()
+    (root / "output/data/a.parquet").unlink()
+    pieces = sorted((root / "checkpoints").rglob("pieces/**/*.piece"))
+    assert len(pieces) == 9
+    for piece in pieces[::2]:
+        piece.write_bytes(piece.read_bytes()[:-7])
+    results = run(tiny_model)
+    assert results["rows"]["computed_in_this_attempt"] == 50
+    assert (root / "output/data/a.parquet").read_bytes() == before
+
+
+def test_a_chunk_that_s3_does_not_give_is_not_damaged(s3, monkeypatch):
+    store = open_store(f"s3://{s3.bucket}/chunks")
+    chunks = ChunkStore(store, "pieces")
+    name = chunks.commit("a", b"data")
+
+    def unanswered(self, path):
+        raise StoreError("no answer in three minutes")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(store), "read", unanswered)
+        with pytest.raises(StoreError, match="no answer"):
+            chunks.load("a")
+    assert chunks.load("a") == b"data"
+    store.delete(name)
+    assert chunks.load("a") is None
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("s3://bucket//data", "s3://bucket/data"),
+        ("s3://bucket/data", "s3://bucket//data/out/"),
+        ("s3://bucket", "s3://bucket/a"),
+    ],
+)
+def test_addresses_of_one_prefix_overlap_however_they_are_written(first, second):
+    for one, other in ((first, second), (second, first)):
+        with pytest.raises(ConfigError, match="overlap"):
+            check_locations(EmbedConfig(input_path=one, output_path=other, checkpoint_path="s3://another"))
+
+
+def test_a_name_that_s3_cannot_take_is_that_files_fault(tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_NO_SIGN_REQUEST", "1")
+    local, remote = FileStore(tmp_path), open_store("s3://bucket/out")
+    assert why_not_named("año.parquet", remote) is None
+    assert "not UTF-8" in why_not_named("caf\udce9.parquet", remote)
+    assert "control character" in why_not_named("a\nb.parquet", remote)
+    assert "at most 1024" in why_not_named("x/" * 520 + "a.parquet", remote)
+    assert why_not_named("a\nb.parquet", local) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,11 +12,14 @@ import pytest
 from tiny_model import build
 from whole_job import outputs, run, write
 
+from embed import job
 from embed.config import EmbedConfig
 from embed.job import embed
+from embed.model.loading import digest
 from estiba.errors import ConfigError, EstibaError
 from estiba.platform.contract import Job
 from estiba.platform.stop import Stop
+from estiba.storage import open_store
 
 
 @pytest.fixture
@@ -199,3 +203,50 @@ def test_an_input_of_hidden_files_only_is_refused_with_their_names(root, inputs,
     with pytest.raises(EstibaError) as caught:
         run(tiny_model)
     assert caught.value.exit_code == 2 and "_a.parquet" in str(caught.value) and ".b.parquet" in str(caught.value)
+
+
+def test_one_input_file_of_another_model_does_not_join_the_outputs_of_the_old_one(root, inputs, two_models):
+    for name in ("a.parquet", "b.parquet"):
+        write(inputs / name, ["hola"])
+    run(two_models[0])
+    before = (root / "output/data/a.parquet").read_bytes()
+    with pytest.raises(ConfigError, match=r"1 outputs of another model \(b\.parquet.*replaces its own output only"):
+        run(two_models[1], input_path=str(inputs / "a.parquet"), stale_outputs="remove")
+    assert (root / "output/data/a.parquet").read_bytes() == before
+    (root / "output/data/b.parquet").unlink()
+    run(two_models[1], input_path=str(inputs / "a.parquet"), stale_outputs="remove")
+    assert (root / "output/data/a.parquet").read_bytes() != before
+
+
+def test_an_output_stays_whose_input_changed_while_the_job_ran(root, inputs, tiny_model, monkeypatch):
+    for name in ("a.parquet", "b.parquet"):
+        write(inputs / name, ["hola"])
+    run(tiny_model)
+    before = (root / "output/data/b.parquet").read_bytes()
+    write(inputs / "b.parquet", ["adiós"])
+    original = job.list_input
+
+    def list_input(*arguments):
+        found = original(*arguments)
+        write(inputs / "b.parquet", ["otra vez"])
+        return found
+
+    monkeypatch.setattr(job, "list_input", list_input)
+    results = run(tiny_model, stale_outputs="remove", on_bad_file="skip")
+    assert results["files"]["bad"] and stale(results) == []
+    assert (root / "output/data/b.parquet").read_bytes() == before
+
+
+def test_a_model_that_was_replaced_on_s3_is_another_one(tmp_path, two_models, s3, monkeypatch):
+    """Also where the copy of the first one is still in the temporary directory."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    config = EmbedConfig(model=f"s3://{s3.bucket}/model")
+    copies = []
+    for model in two_models:
+        for path in model.rglob("*"):
+            if path.is_file():
+                open_store(config.model).write(str(path.relative_to(model)), path.read_bytes())
+        copies.append(Path(job.local_model(config)))
+        assert job.local_model(config) == str(copies[-1])
+    assert [digest(copy) for copy in copies] == [digest(model) for model in two_models]
+    assert job.local_model(EmbedConfig(model=f"file://{two_models[0]}")) == str(two_models[0])

@@ -243,8 +243,7 @@ def _refuse_without_columns(old: OldOutputs, file: OldFile) -> None:
     if why_not_text(file.table, file.text_column, binary_as_text=True) is not None:
         raise ConfigError(
             f"--reuse {old.location}: {file.table.path} has no text column {file.text_column!r} (found "
-            f"{sorted(schema.names)}), by which its rows are known; run that job again with the column in --columns, "
-            "which computes nothing while its checkpoints exist"
+            f"{sorted(schema.names)}), by which its rows are known; run that job again with the column in --columns"
         )
     kind = pa.list_(VECTOR_DTYPES[old.dtype], old.dimensions)
     if file.vector_column not in schema.names or schema.field(file.vector_column).type != kind:

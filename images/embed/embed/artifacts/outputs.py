@@ -124,6 +124,11 @@ def why_not_writable(table: Table, config: EmbedConfig) -> str | None:
     return _why_not_kept(table, kept, config)
 
 
+MAX_KEY_BYTES = 1024
+"""Of an object on S3."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
 def why_not_named(path: str, target: Store) -> str | None:
     """Why no output can have this file's name; None if one can."""
     if RESULTS_NAME.fullmatch(path):
@@ -132,6 +137,16 @@ def why_not_named(path: str, target: Store) -> str | None:
         longest = max(len(os.fsencode(part)) for part in path.split("/"))
         if longest > MAX_NAME_BYTES:
             return f"its name has {longest} bytes, and a local output at most {MAX_NAME_BYTES} bytes; rename it"
+        return None
+    key = target.url_of(path).removeprefix("s3://").partition("/")[2]
+    try:
+        size = len(key.encode("utf-8"))
+    except UnicodeEncodeError:
+        return "its name is not UTF-8, and an object on S3 cannot have it; rename it"
+    if size > MAX_KEY_BYTES:
+        return f"its output's key would have {size} bytes, and S3 takes at most {MAX_KEY_BYTES}; rename it"
+    if _CONTROL.search(path):
+        return "its name holds a control character, which an object on S3 cannot have here; rename it"
     return None
 
 

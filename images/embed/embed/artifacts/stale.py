@@ -55,7 +55,7 @@ def find_provenance(target: Store, paths: Iterable[str]) -> dict[str, dict[str, 
         return {path: value for path, value in pool.map(read, paths) if value is not None}
 
 
-def refuse_two_models(target: Store, found: dict[str, dict[str, Any]], model: ModelInfo) -> None:
+def refuse_two_models(target: Store, found: dict[str, dict[str, Any]], model: ModelInfo, remedy: str) -> None:
     """Raise ConfigError if the folder holds vectors of another model, which nothing may compare with this one's."""
     others = {
         path: value
@@ -66,7 +66,7 @@ def refuse_two_models(target: Store, found: dict[str, dict[str, Any]], model: Mo
         path, value = next(iter(others.items()))
         raise ConfigError(
             f"{target.url} holds {len(others)} outputs of another model ({path}: {value.get('model')}, "
-            f"{value.get('digest')}); pass another --output-path, or --stale-outputs remove to replace them"
+            f"{value.get('digest')}); {remedy}"
         )
 
 

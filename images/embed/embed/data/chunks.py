@@ -117,6 +117,10 @@ class Coverage:
     def ranges(self, row_group: int) -> list[RowRange]:
         return sorted(self._ranges[row_group].values())
 
+    @property
+    def all_ranges(self) -> list[RowRange]:
+        return [item for row_group in range(len(self._ranges)) for item in self.ranges(row_group)]
+
     def gaps(self, row_group: int) -> tuple[tuple[int, int], ...]:
         """The half-open ranges of rows that are missing."""
         gaps, position = [], 0

@@ -41,8 +41,11 @@ class Listing:
     """The input names a file and not a folder."""
 
 
-def open_input(location: str) -> Listing:
-    """List the input. Raises ConfigError if `location` holds no files, or is a table of Delta, Iceberg or Hudi."""
+def open_input(location: str, *, may_be_empty: bool = False) -> Listing:
+    """List the input. Raises ConfigError if `location` holds no files, or is a table of Delta, Iceberg or Hudi.
+
+    `may_be_empty` for a channel of which other hosts may have all objects.
+    """
     store = open_store(location)
     entries = store.list()
     if not entries:
@@ -52,6 +55,8 @@ def open_input(location: str) -> Listing:
         if entry is not None:
             refuse_table_formats(location, [])
             return Listing(store=single, files=[_input_file(entry)], ignored=[], is_one_file=True)
+        if may_be_empty:
+            return Listing(store=store, files=[], ignored=[])
         raise _no_input(location)
     refuse_table_formats(location, [entry.path for entry in entries])
     ignored = [entry.path for entry in entries if is_hidden(entry.path)]
@@ -123,7 +128,7 @@ def inspect(store: Store, file: InputFile) -> Table | BadFile:
     except StoreError as error:
         if store.is_durable and not isinstance(error, ObjectChangedError):  # which says nothing about the file
             raise
-        return BadFile(path=file.path, reason=str(error))
+        return BadFile(path=file.path, reason=str(error), may_be_good=True)
     except Exception as error:  # a damaged footer can make a reader raise anything
         return BadFile(path=file.path, reason=f"corrupt parquet file: {one_line(error)}")
 

@@ -58,3 +58,5 @@ class BadFile:
 
     path: str
     reason: str
+    may_be_good: bool = False
+    """It could not be read, or changed meanwhile: that says nothing about its content."""
