@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,9 @@ _ROLES = {
 }
 _PYTHON_OBJECTS = re.compile(r"\s*\[?\s*\{\s*'")
 _TEXT_PARTS = ("text", "input_text", "output_text")
+_SPEAKERS = frozenset({"role", "from"})
+_WORDS = frozenset({"content", "value", "parts", "tool_calls"})
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _CONTENT_KEYS = ("content", "value", "text", "message", "parts")
 
 
@@ -51,14 +55,34 @@ class BadMessageError(Exception):
         self.found = found
 
 
-def parse_messages(value: Any) -> list[dict[str, Any]]:
-    """Return plain messages. Raises BadMessageError."""
+def is_speaker(value: Any) -> bool:
+    """Whether a value is an object with the role of a message. An e-mail or a payment has a `from` too."""
+    if not isinstance(value, dict):
+        return False
+    return any(str(value.get(key)).strip().lower() in _ROLES for key in ("role", "from"))
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether a list's objects all are messages, at least one of them with a known role."""
+    return (
+        isinstance(value, list)
+        and all(isinstance(item, dict) and item.keys() & _SPEAKERS and item.keys() & _WORDS for item in value)
+        and any(map(is_speaker, value))
+    )
+
+
+def parse_messages(value: Any, unused: Counter[str] | None = None) -> list[dict[str, Any]]:
+    """Return plain messages. Raises BadMessageError. Count in `unused` what they have and no message takes."""
     value = parse_embedded(value)
     if not isinstance(value, list):
         raise BadMessageError("not a list of messages", "the conversation is not a list; write [{role, content}, ...]")
     if not value:
         raise BadMessageError("no message", "the conversation is empty; remove the row")
-    return [_message(number, item) for number, item in enumerate(value, start=1)]
+    messages = [_message(number, item) for number, item in enumerate(value, start=1)]
+    if unused is not None:
+        fields = {f"the message field {key!r}" for item in value for key in _THOUGHTS if item.get(key)}
+        unused.update(sorted(fields))
+    return messages
 
 
 def check_conversation(messages: Sequence[dict[str, Any]]) -> None:
@@ -95,7 +119,7 @@ def parse_embedded(value: Any) -> Any:
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value
     try:
-        return json.loads(value, parse_constant=lambda _: None)
+        return json.loads(value, parse_constant=lambda name: None if name == "NaN" else name)
     except (ValueError, RecursionError):
         pass
     if _PYTHON_OBJECTS.match(value):  # pandas writes lists to CSV as Python shows them

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TextIO
 from estiba.config import flag_of
 from estiba.config import load as load_config
 from estiba.errors import ConfigError, EstibaError
+from finetune.data.files import find_files
 from finetune.data.load import load
 from finetune.data.records import Dataset
 from finetune.data.settings import DataSettings
@@ -38,8 +40,9 @@ def run(arguments: Sequence[str]) -> int:
     """Check the data, print the report, and return the exit status. Errors are one sentence on standard error."""
     try:
         locations, config = _parse(arguments)
-        _check_not_input(config.write, locations)
-        dataset = load([Path(location) for location in locations], config, content_type=config.content_type)
+        paths = [Path(location) for location in locations]
+        _check_not_input(config.write, paths)
+        dataset = load(paths, config, content_type=config.content_type)
         if config.write is not None:
             _write(Path(config.write), dataset)
         _print(dataset, as_json=config.json_report)
@@ -84,13 +87,16 @@ def _parse(arguments: Sequence[str]) -> tuple[list[str], CheckConfig]:
 _FLAGS = frozenset(flag_of(name) for name in CheckConfig.model_fields if name != "json_report")
 
 
-def _check_not_input(write: str | None, locations: Sequence[str]) -> None:
-    if (
-        write is not None
-        and Path(write).exists()
-        and any(Path(write).samefile(p) for p in locations if Path(p).exists())
-    ):
+def _check_not_input(write: str | None, locations: Sequence[Path]) -> None:
+    """Raise ConfigError if the file to write is an input, or in their folder, where the next run would read it."""
+    if write is None:
+        return
+    path = Path(os.path.realpath(write))
+    if path.exists() and any(path.samefile(file.path) for file in find_files(locations).files if file.path.exists()):
         raise ConfigError(f"--write {write}: is an input file; give another file")
+    folder = next((item for item in locations if item.is_dir() and path.is_relative_to(os.path.realpath(item))), None)
+    if folder is not None:
+        raise ConfigError(f"--write {write}: is in the folder of the data ({folder}); give a file outside of it")
 
 
 def _write(path: Path, dataset: Dataset) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from finetune.data.chats import (
     BadMessageError,
     assistant_turn,
     check_conversation,
+    is_speaker,
     parse_embedded,
     parse_messages,
     parse_tools,
@@ -20,19 +22,19 @@ from finetune.data.chats import (
 from finetune.data.plain_text import cut_text
 from finetune.data.recognise import Shape
 from finetune.data.records import Record
-from finetune.data.rows import BadRow, Row, as_text
+from finetune.data.rows import BadRow, Row, as_text, to_json
 
 
-def convert_row(source: str, row: Row, shape: Shape, chunk_chars: int) -> list[Record] | BadRow:
-    """Return a row's records, several if it is a long text, or why it cannot be used."""
+def convert_row(source: str, row: Row, shape: Shape, chunk_chars: int, unused: Counter[str]) -> list[Record] | BadRow:
+    """Return a row's records, several if it is a long text, or why it cannot be used. Count what is not trained."""
     cells = {use: row.cells.get(column) for use, column in shape.fields.items()}
     try:
         if shape.records == "text":
             records = list(_texts(source, as_text(cells["text"]), chunk_chars))
         elif "messages" in cells:
-            records = [_chat(source, parse_messages(cells["messages"]), cells)]
+            records = [_chat(source, parse_messages(cells["messages"], unused), cells, unused)]
         else:
-            records = [_pair(source, cells, is_completion=_is_completion(shape))]
+            records = [_pair(source, cells, unused, is_completion=_is_completion(shape))]
     except BadMessageError as error:
         return BadRow(row.line, error.reason, error.found)
     if not all(map(_is_unicode, records)):
@@ -58,10 +60,12 @@ def _texts(source: str, text: str, chunk_chars: int) -> Iterator[Record]:
             yield Record(source=source, group=group, kind="text", text=piece)
 
 
-def _chat(source: str, messages: list[dict[str, Any]], cells: dict[str, Any]) -> Record:
+def _chat(source: str, messages: list[dict[str, Any]], cells: dict[str, Any], unused: Counter[str]) -> Record:
     system = system_text(cells.get("system")).strip()
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
+    elif system and messages[0]["content"].strip() != system:
+        unused["a system column beside a system message"] += 1
     check_conversation(messages)
     first = next((message["content"] for message in messages if message["role"] == "user"), "")
     return Record(
@@ -73,12 +77,12 @@ def _chat(source: str, messages: list[dict[str, Any]], cells: dict[str, Any]) ->
     )
 
 
-def _pair(source: str, cells: dict[str, Any], *, is_completion: bool) -> Record:
-    prompt, answer = parse_embedded(cells["prompt"]), parse_embedded(cells["answer"])
-    if _are_messages(prompt) or _are_messages(answer):
-        return _chat(source, _from_message_lists(prompt, answer), cells)
-    prompt_text, answer_text = as_text(cells["prompt"]), as_text(cells["answer"])
-    context = as_text(cells.get("context")).strip()
+def _pair(source: str, cells: dict[str, Any], unused: Counter[str], *, is_completion: bool) -> Record:
+    prompt, answer = cells["prompt"], cells["answer"]
+    if _are_messages(prompt) or _are_messages(answer):  # a string that holds JSON is text
+        return _chat(source, _from_message_lists(prompt, answer), cells, unused)
+    prompt_text, answer_text = as_text(prompt), as_text(answer)
+    context = _trimmed(as_text(cells.get("context")))
     if not answer_text.strip():
         raise BadMessageError("empty answer", "the answer is empty; fill it in or remove the row")
     if not prompt_text.strip() and not context:
@@ -86,15 +90,19 @@ def _pair(source: str, cells: dict[str, Any], *, is_completion: bool) -> Record:
     if is_completion:
         group = digest("prompt", prompt_text)
         return Record(source=source, group=group, kind="completion", prompt=prompt_text, completion=answer_text)
-    question = "\n\n".join(part for part in (prompt_text.strip(), context) if part)
+    question = "\n\n".join(part for part in (_trimmed(prompt_text), context) if part)
     messages = [*_history(cells.get("history")), user_turn(question), assistant_turn(answer_text)]
-    return _chat(source, messages, cells)
+    return _chat(source, messages, cells, unused)
+
+
+def _trimmed(text: str) -> str:
+    """A part of a question without outer blank lines. Indentation stays, as of code; a single blank does not."""
+    text = text.rstrip().lstrip("\r\n")
+    return text if "\n" in text or text.startswith(("  ", "\t")) else text.strip()
 
 
 def _are_messages(value: Any) -> bool:
-    if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
-        return False
-    return bool({"role", "from"} & value[0].keys())
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value) and any(map(is_speaker, value))
 
 
 def _from_message_lists(prompt: Any, answer: Any) -> list[dict[str, Any]]:
@@ -118,6 +126,8 @@ def _history(value: Any) -> list[dict[str, Any]]:
 
 def _is_unicode(record: Record) -> bool:
     texts = [record.prompt, record.completion, record.text, *(message["content"] for message in record.messages)]
+    texts += [to_json(message) for message in record.messages if len(message) > 2]  # with tool calls or a name
+    texts += map(to_json, record.tools)
     return all(text.isascii() or _encodes(text) for text in texts)
 
 

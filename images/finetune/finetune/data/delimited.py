@@ -19,12 +19,18 @@ from finetune.data.settings import DataSettings
 MAX_COLUMNS = 4096
 _END = "\x02end of file\x03\n"
 """A line after the last. A quote that is never closed swallows it."""
+_CELL_LINES = 100
+"""More lines are not taken for one cell of a row that is bad."""
 _RESTARTS = 1000
 _PREAMBLE_LINES = 30
 _SEPARATOR_LINE = re.compile(r"\ufeff?sep=(.)\r?\n?", re.IGNORECASE)
 _DATE = re.compile(r"\d{4}-\d\d-\d\d|\d{1,2}[./]\d{1,2}[./]\d{2,4}")
+_COLUMN_RUN = 4
+"""Columns numbered one after another show a header. Fewer may be the values of a row."""
 _HEADER_CHARS = 80
 _HEADER_ROWS = 500
+_MOST = 0.8
+_FEW = 0.1
 _SENTENCE = re.compile(r".*\w[.?!]\s*$|.*[.?!]\s+\w", re.DOTALL)
 
 _WRONG_COUNT = "wrong number of cells"
@@ -88,7 +94,8 @@ def _records(
 ) -> Iterator[_RawRecord]:
     """Yield the records that are not blank. After a fault, parsing starts again at the next line.
 
-    A quote opened by mistake swallows the lines up to the next quote. Only its own line is then bad, not all of them.
+    A quote opened by mistake swallows the lines up to the next quote. Only its own line is then bad, not all of them,
+    unless the next quote is where a cell ends: then the lines are a cell of a row that has too few or too many.
     """
     too_long = {index for index, line in enumerate(lines) if len(line) > MAX_LINE_CHARS}
     budget = 20 * len(lines) + 1000
@@ -99,6 +106,7 @@ def _records(
         while True:
             first = base + reader.line_num
             fault: BadRow | None = None
+            is_whole = False
             try:
                 cells = next(reader)
             except StopIteration:
@@ -123,11 +131,12 @@ def _records(
             elif end - first > 1 and columns > 1 and columns not in (len(cells), _width(cells)):
                 found = f"a quote opened here closes in line {end}, and {len(cells)} cells result instead of {columns}"
                 fault = BadRow(first + 1, _WRONG_COUNT, f"{found}; check the quotes")
+                is_whole = end - first <= _CELL_LINES and not dialect.broken_quotes(lines[first:end])
             if fault is not None:
                 bad.append(fault)
                 restarts += 1
                 budget -= end - first
-                start = max(first + 1, min(end, fault.line))
+                start = end if is_whole else max(first + 1, min(end, fault.line))
                 if restarts > _RESTARTS or budget < 0:
                     raise DataError(f"{name}:{bad[0].line}: {bad[0].found} ({restarts} such lines); repair the quotes")
                 break
@@ -152,9 +161,11 @@ def _first(bad: list[BadRow]) -> str:
 def _split_preamble(records: list[_RawRecord], columns: int) -> tuple[list[BadRow], list[_RawRecord]]:
     """Separate comments and titles above the header from the table."""
     count = 0
-    for record in records[:_PREAMBLE_LINES]:
+    for index, record in enumerate(records[:_PREAMBLE_LINES]):
         filled = sum(bool(cell.strip()) for cell in record.cells)
-        is_comment = record.cells[0].startswith("#") and len(record.cells) != columns
+        is_comment = record.cells[0].startswith("#") and (
+            len(record.cells) != columns or _is_above_header(record.cells, records[index + 1 :])
+        )
         is_title = columns > 2 and filled < 2 and len(record.cells) in (1, columns)
         if not is_comment and not is_title:
             break
@@ -174,21 +185,64 @@ def _has_header(records: list[_RawRecord], settings: DataSettings) -> bool:
     names = [cell.strip() for cell in first]
     if not body:
         return len(first) > 1
-    if any(is_known_name(name) for name in names) or first in body:  # the header of a file that was appended
-        return True
-    score = 0
+    values, score = _header_score(names, [cells for cells in body if cells != first])
+    return (not values and _has_known_name(names, body)) or score - values >= 0
+
+
+def _is_above_header(cells: list[str], following: list[_RawRecord]) -> bool:
+    """Whether a line that begins with # and has the table's width is a comment: words, and a surer header below."""
+    table = [record.cells for record in following[:_HEADER_ROWS] if not record.cells[0].startswith("#")]
+    if len(cells[0].lstrip("# ").split()) < 2 or len(table) < 2:
+        return False
+    names = [cell.strip() for cell in table[0]]
+    values, score = _header_score(names, table[1:])
+    return not values and (score > 0 or _has_known_name(names, table[1:]))
+
+
+def _has_known_name(names: list[str], body: list[list[str]]) -> bool:
+    """Whether a name is one of those that trainers use, and its column is no list of such words."""
     for index, name in enumerate(names):
-        column = [cells[index] for cells in body if len(cells) > index and cells[index].strip()]
+        column = {cells[index].strip() for cells in body if len(cells) > index} - set(names)
+        if is_known_name(name) and not any(map(is_known_name, column)):
+            return True
+    return False
+
+
+def _header_score(names: list[str], body: list[list[str]]) -> tuple[int, int]:
+    """Return how many names are values of their columns, and how many other names speak for a header, less against."""
+    values = score = 0
+    numbered = _numbered(names)
+    has_questions = sum(name.endswith("?") for name in names) > 1
+    for index, name in enumerate(names):
+        column = [cells[index].strip() for cells in body if len(cells) > index and cells[index].strip()]
         if not name or not column:
             continue
-        numbers = sum(map(_is_value, column)) / len(column)
-        if _is_value(name):
-            score -= 1 if numbers > 0.5 and not re.fullmatch(r"(19|20)\d\d", name) else 0
-        elif numbers > 0.8:
+        numbers = sum(map(is_number, column)) / len(column)
+        dates = sum(_DATE.match(cell) is not None for cell in column) / len(column)
+        if _DATE.match(name) and numbers > _MOST and dates == 0:
             score += 1
+        elif _is_value(name):
+            is_year = re.fullmatch(r"(19|20)\d\d", name) is not None
+            values += sum(map(_is_value, column)) > 0.5 * len(column) and not is_year and index not in numbered
+        elif sum(map(_is_value, column)) > _MOST * len(column):
+            score += 1
+        elif has_questions and name.endswith("?") and sum(cell.endswith("?") for cell in column) < _FEW * len(column):
+            continue  # a survey's question above its answers
         elif name in column or len(name) > _HEADER_CHARS or _SENTENCE.match(name):
             score -= 1
-    return score >= 0
+    return values, score
+
+
+def _numbered(names: list[str]) -> set[int]:
+    """Return the places of names such as 1, 2, 3, 4 beside names that are none."""
+    run: list[int] = []
+    for index, name in enumerate(names):
+        is_short_number = name.isdecimal() and len(name) < 10
+        if is_short_number and run and run[-1] == index - 1 and int(name) == int(names[index - 1]) + 1:
+            run.append(index)
+        elif is_short_number and len(run) < _COLUMN_RUN:
+            run = [index]
+    return set(run) if _COLUMN_RUN <= len(run) < len(names) else set()
 
 
 def _is_value(cell: str) -> bool:

@@ -20,6 +20,7 @@ _UNUSUAL = ("\x01", "\x1f", "\x1e", "^", "~", "¦", "§")
 _OPEN_TSV_QUOTE = re.compile(r'(?:^|\t)"', re.MULTILINE)
 _TSV_QUOTES = re.compile(r'(?:^|\t)"(?:[^"]|"")*"(?=[\t\r\n]|\Z)', re.MULTILINE)
 _SINGLE_QUOTED_LINE = re.compile(r"'.+'")
+_DECIMAL_COMMA = re.compile(r"\s*[-+]?\d[\d.]*,\d+\s*%?\s*")
 _MOST = 0.8
 _ALMOST = 0.05
 """Delimiters that score within this share of the best are ranked by their quotes and their order."""
@@ -31,25 +32,29 @@ class Dialect:
 
     delimiter: str
     quote: str | None = '"'
-    escape: str | None = None
+    escapes: bool = False
+    """Whether \\" and \\\\ stand for " and \\ within quotes. Elsewhere a backslash is text."""
     skips_blank: bool = False
     """Whether a blank after the delimiter belongs to it, so that a quote may follow."""
 
     def __str__(self) -> str:
         shown = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}.get(self.delimiter, repr(self.delimiter))
         quotes = {'"': "double quotes", "'": "single quotes", None: "no quotes"}.get(self.quote, repr(self.quote))
-        return f"{shown}, {quotes}" + (", backslash escapes" if self.escape else "")
+        return f"{shown}, {quotes}" + (", backslash escapes" if self.escapes else "")
 
     def reader(self, lines: Iterable[str]) -> Any:
         csv.field_size_limit(MAX_LINE_CHARS)
         return csv.reader(
-            lines,
+            (line for line, _ in _scan(lines, self)) if self.escapes else lines,
             delimiter=self.delimiter,
             quotechar=self.quote,
             quoting=csv.QUOTE_MINIMAL if self.quote else csv.QUOTE_NONE,
-            escapechar=self.escape,
             skipinitialspace=self.skips_blank,
         )
+
+    def broken_quotes(self, lines: Iterable[str]) -> int:
+        """Return the number of quoted cells with text after their closing quote."""
+        return sum(broken for _, broken in _scan(lines, self)) if self.quote else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +75,43 @@ class Guess:
     blank_starts: float
     """Share of the cells that begin with a blank, as the words after a comma do."""
     records: int
+
+
+def _scan(lines: Iterable[str], dialect: Dialect) -> Iterator[tuple[str, int]]:
+    """Yield each line with its escaped quotes doubled instead, and the number of broken quotes."""
+    assert dialect.quote is not None
+    quote = re.escape(dialect.quote)
+    start_of_cell = re.compile(f"{' *' if dialect.skips_blank else ''}{quote}?")
+    within = rf"(?:[^{quote}\\]+|\\.?|{quote}{quote})*" if dialect.escapes else f"(?:[^{quote}]+|{quote}{quote})*"
+    quoted_text = re.compile(within, re.DOTALL)
+    escaped = re.compile(rf"\\({quote}|\\)")
+    is_open = False
+    for line in lines:
+        if not is_open and dialect.quote not in line:
+            yield line, 0
+            continue
+        parts: list[str] = []
+        broken = at = 0
+        while at < len(line):
+            start = at
+            if not is_open and (opening := start_of_cell.match(line, at)):
+                at = opening.end()
+                is_open = opening[0].endswith(dialect.quote)
+            if is_open and (text := quoted_text.match(line, at)):
+                undone = text[0]
+                if dialect.escapes:
+                    undone = escaped.sub(lambda mark: mark[1] * (2 if mark[1] == dialect.quote else 1), undone)
+                parts.append(line[start:at] + undone)
+                start = at = text.end()
+                if at == len(line):
+                    break
+                is_open = False
+                at += 1
+                broken += line[at : at + 1] not in (dialect.delimiter, "\r", "\n", "")
+            end = line.find(dialect.delimiter, at)
+            at = len(line) if end < 0 else end + 1
+            parts.append(line[start:at])
+        yield "".join(parts), broken
 
 
 def split_lines(text: str) -> list[str]:
@@ -97,8 +139,19 @@ def guess_dialect(lines: list[str], *, delimiter: str | None = None, quote: str 
             and guess.agreement >= best.agreement - _ALMOST
             and guess.stray_quotes <= best.stray_quotes
         ]
-        return close[0] if close else best
+        best = close[0] if close else best
+        if best.dialect.delimiter == ",":
+            best = next((guess for guess in close if _has_decimal_commas(sample, guess.dialect)), best)
+        return best
     return None
+
+
+def _has_decimal_commas(sample: list[str], dialect: Dialect) -> bool:
+    """Whether the commas in the rows below the first are those of decimal numbers, and most rows have some."""
+    rows = list(itertools.islice(dialect.reader(sample), 1, _SAMPLE_RECORDS))
+    decimals = [[cell for cell in cells if "," in cell] for cells in rows if cells]
+    is_decimal = all(_DECIMAL_COMMA.fullmatch(cell) for cells in decimals for cell in cells)
+    return is_decimal and sum(map(bool, decimals)) > _MOST * len(decimals)
 
 
 def _guess(sample: list[str], delimiter: str, quote: str | None) -> Guess | None:
@@ -125,13 +178,25 @@ def _guess(sample: list[str], delimiter: str, quote: str | None) -> Guess | None
 
 def _variants(sample: list[str], dialect: Dialect) -> Guess | None:
     """The best guess with this delimiter and quote, with or without escapes and blanks after the delimiter."""
-    text = "".join(sample)
-    guess = _judge(sample, dialect)
-    if dialect.quote is not None and f"\\{dialect.quote}" in text:
-        guess = _better(guess, _judge(sample, replace(dialect, escape="\\")))
-    if dialect.quote is not None and f"{dialect.delimiter} {dialect.quote}" in text:
-        guess = _better(guess, _judge(sample, replace(dialect, skips_blank=True)))
+    guess = _with_or_without_escapes(sample, dialect)
+    if dialect.quote is not None and f"{dialect.delimiter} {dialect.quote}" in "".join(sample):
+        guess = _better(guess, _with_or_without_escapes(sample, replace(dialect, skips_blank=True)))
     return guess
+
+
+def _with_or_without_escapes(sample: list[str], dialect: Dialect) -> Guess | None:
+    """Escapes are undone only if more rows agree, or more quotes close where a cell ends, than without them."""
+    plain = _judge(sample, dialect)
+    if dialect.quote is None or f"\\{dialect.quote}" not in "".join(sample):
+        return plain
+    with_escapes = replace(dialect, escapes=True)
+    escaped = _judge(sample, with_escapes)
+    if escaped is None:
+        return plain
+    broken, broken_escaped = dialect.broken_quotes(sample), with_escapes.broken_quotes(sample)
+    agreement = escaped.agreement if plain is None else plain.agreement  # one column is no guess, and may be right
+    is_better = (escaped.agreement, -broken_escaped) > (agreement, -broken)
+    return escaped if is_better and broken_escaped <= broken else plain
 
 
 def _better(old: Guess | None, new: Guess | None) -> Guess | None:
@@ -160,7 +225,7 @@ def _judge(sample: list[str], dialect: Dialect) -> Guess | None:
     in_single = sum(len(cell) > 1 and cell[0] == cell[-1] == "'" for cell in filled)
     later = [cell for record in fitting for cell in record[1:] if cell]
     quote = dialect.quote or '"'
-    stray = sum(cell.startswith(quote) or cell.endswith(quote) or f"\\{quote}" in cell for cell in cells)
+    stray = sum(cell.startswith(quote) or cell.endswith(quote) for cell in cells)
     return Guess(
         dialect=dialect,
         columns=columns,

@@ -136,7 +136,7 @@ def _not_utf8(name: str, data: bytes) -> Decoded:
     first = next(number for number, line in enumerate(lines, start=1) if not _is_utf8(line))
     is_mostly_utf8 = valid > 2 * bad_bytes
     is_one_accident = len(foreign) <= max(1, _DAMAGED_LINE_SHARE * len(lines)) and (
-        len(lines) >= 100 or not isinstance(_code_page(foreign, data), Verdict)
+        (len(lines) >= 100 and (valid > 0 or len(foreign) == 1)) or not isinstance(_code_page(foreign, data), Verdict)
     )
     if is_mostly_utf8 or is_one_accident or _is_mixed(lines, foreign):
         other = "" if valid else "; if they are no accident, give --encoding, such as cp1252"

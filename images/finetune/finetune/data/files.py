@@ -47,7 +47,7 @@ class InputFile:
 
     path: Path
     name: str
-    """Relative to the folder that was given; errors and the report use it."""
+    """Relative to the folder that was given, unless two files would have one name; errors and the report use it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,7 @@ class FoundFiles:
 def find_files(locations: Sequence[Path]) -> FoundFiles:
     """Return the files at the given files and folders. Raises ConfigError if there are none."""
     files: dict[Path, InputFile] = {}
+    taken: set[str] = set()
     hidden: list[str] = []
     companions: list[str] = []
     for location in locations:
@@ -73,11 +74,9 @@ def find_files(locations: Sequence[Path]) -> FoundFiles:
                 elif _COMPANIONS.fullmatch(path.name):
                     companions.append(name)
                 else:
-                    files.setdefault(Path(os.path.realpath(path)), InputFile(path=path, name=name))
+                    _add(files, taken, path, name)
         elif os.path.lexists(location):
-            is_taken = any(file.name == location.name for file in files.values())
-            name = location.as_posix() if is_taken else location.name
-            files.setdefault(Path(os.path.realpath(location)), InputFile(path=location, name=name))
+            _add(files, taken, location, location.name)
         else:
             raise ConfigError(f"{location}: no such file or folder; give a data file or a folder of data files")
     if not files:
@@ -86,6 +85,14 @@ def find_files(locations: Sequence[Path]) -> FoundFiles:
         found = f"only {passed_over}, which is not data" if passed_over else "the folder is empty"
         raise ConfigError(f"{where}: no data file ({found}); put CSV, JSON, JSONL, TXT or parquet files there")
     return FoundFiles(files=list(files.values()), hidden=hidden, companions=companions)
+
+
+def _add(files: dict[Path, InputFile], taken: set[str], path: Path, name: str) -> None:
+    """Add a file once. The second of a name is named by its whole path."""
+    real = Path(os.path.realpath(path))
+    if real not in files:
+        files[real] = InputFile(path=path, name=path.as_posix() if name in taken else name)
+        taken.add(files[real].name)
 
 
 def read_file(file: InputFile) -> bytes:

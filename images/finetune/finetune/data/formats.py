@@ -9,11 +9,17 @@ from estiba.errors import DataError
 from finetune.data import delimited
 from finetune.data.dialects import Guess, split_lines
 from finetune.data.encodings import decode
-from finetune.data.json_files import looks_like_json, looks_like_python, parse_json
+from finetune.data.json_files import (
+    is_text_in_brackets,
+    looks_like_json,
+    looks_like_json_lines,
+    looks_like_python,
+    parse_json,
+)
 from finetune.data.parquet import parse_parquet
 from finetune.data.plain_text import parse_text
 from finetune.data.recognise import is_known_name
-from finetune.data.refusals import PARQUET_MAGIC, refuse_other_kinds
+from finetune.data.refusals import PARQUET_MAGIC, is_binary, refuse_other_kinds
 from finetune.data.rows import MAX_LINE_CHARS, ParsedFile
 from finetune.data.settings import DataSettings
 
@@ -33,6 +39,14 @@ _OTHERS = {
     "xml": "XML",
 }
 """Formats that are text and are not read."""
+_EXPECTED = {
+    "csv": {"csv", "tsv"},
+    "tsv": {"csv", "tsv"},
+    **{name: {"json", "jsonl"} for name in _JSON},
+    "parquet": {"parquet"},
+}
+"""Suffix -> the formats that it promises."""
+_NAME = re.compile(r"\w[\w .%/-]*")
 _PADDING = "\x00\x1a"
 """What some programs write after the end of a text: NUL, and the end-of-file mark of DOS."""
 _AGREEMENT = 0.9
@@ -49,14 +63,17 @@ class ReadFile:
 def parse(name: str, data: bytes, settings: DataSettings) -> ReadFile:
     """Return a file's rows. Raises DataError, ConfigError for what is no training data."""
     refuse_other_kinds(name, data)
-    if data.startswith(PARQUET_MAGIC):
-        return ReadFile(parsed=parse_parquet(name, data), encoding=None, evidence="")
+    if data.startswith(PARQUET_MAGIC) and is_binary(data[:4096]):
+        parsed = parse_parquet(name, data)
+        _compare_suffix(name, parsed)
+        return ReadFile(parsed=parsed, encoding=None, evidence="")
     decoded = decode(name, data, settings.encoding)
     text = decoded.text.replace("\n\ufeff", "\n")  # the byte order marks of files that were joined
     body = text.rstrip(_PADDING)
     if not body.strip():
         raise DataError(f"{name}: holds only blank space; remove it, or restore its content")
     parsed = _parse_text(name, body, settings)
+    _compare_suffix(name, parsed)
     if len(body) < len(text):
         count = len(text) - len(body)
         parsed.warnings.append(f"{name}: ignores {count:,} NUL or end-of-file character{'s' * (count > 1)} at its end")
@@ -65,9 +82,26 @@ def parse(name: str, data: bytes, settings: DataSettings) -> ReadFile:
     return ReadFile(parsed=parsed, encoding=decoded.encoding, evidence=decoded.evidence)
 
 
+def _suffix(name: str) -> str:
+    return _COMPRESSED_SUFFIX.sub("", name).rpartition("/")[2].rpartition(".")[2].lower() if "." in name else ""
+
+
+def _compare_suffix(name: str, parsed: ParsedFile) -> None:
+    suffix = _suffix(name)
+    expected = {suffix} if suffix in _OTHERS else _EXPECTED.get(suffix)
+    if expected is not None and parsed.format not in expected:
+        parsed.warnings.append(
+            f"{name}: the suffix says {suffix}, the content is {parsed.format}; read as {parsed.format}"
+        )
+
+
 def _parse_text(name: str, text: str, settings: DataSettings) -> ParsedFile:
-    suffix = _COMPRESSED_SUFFIX.sub("", name).rpartition("/")[2].rpartition(".")[2].lower() if "." in name else ""
-    if suffix in _OTHERS and not looks_like_json(text):
+    suffix = _suffix(name)
+    is_json = looks_like_json(text) and not (suffix in _TEXT and is_text_in_brackets(text))
+    lines = [] if is_json else split_lines(text)
+    is_json = is_json or (suffix not in _DELIMITED and looks_like_json_lines(lines))
+    guess = None if is_json else delimited.guess_for(lines, settings)
+    if suffix in _OTHERS and not is_json and not _is_certain_table(lines, guess):
         raise DataError(
             f"{name}: is {_OTHERS[suffix]}, which is not read; convert it to CSV, JSON Lines or parquet, or name it "
             ".txt to train on it as plain text"
@@ -77,10 +111,8 @@ def _parse_text(name: str, text: str, settings: DataSettings) -> ParsedFile:
             f"{name}:1: holds Python literals, not JSON ({text.strip()[:30]!r}: JSON has double quotes); "
             "write it with json.dump"
         )
-    if looks_like_json(text) or (suffix in _JSON and text.lstrip().startswith(('"', "[", "{"))):
+    if is_json or (suffix in _JSON and text.lstrip().startswith(('"', "[", "{"))):
         return parse_json(name, text)
-    lines = split_lines(text)
-    guess = delimited.guess_for(lines, settings)
     if suffix in _DELIMITED or settings.csv_delimiter or delimited.separator_named_by(lines):
         return _delimited(name, lines, guess, settings)
     if guess is not None and _is_table(lines, guess, is_text=suffix in _TEXT):
@@ -104,6 +136,14 @@ def _delimited(name: str, lines: list[str], guess: Guess | None, settings: DataS
             f"{MAX_LINE_CHARS // 10**6} million; its newlines are missing"
         )
     return delimited.parse_delimited(name, lines, guess, settings)
+
+
+def _is_certain_table(lines: list[str], guess: Guess | None) -> bool:
+    """Whether a file whose suffix says otherwise is a table all the same: each cell of its header is a plain name."""
+    if guess is None or guess.columns < 2 or not _is_table(lines, guess, is_text=False):
+        return False
+    header = next(guess.dialect.reader([next(line for line in lines if line.strip())]))
+    return all(_NAME.fullmatch(cell.strip()) for cell in header)
 
 
 def _is_table(lines: list[str], guess: Guess, *, is_text: bool) -> bool:

@@ -36,6 +36,8 @@ class Gathered:
     notes: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     """How rows were recognised -> how many."""
+    _unused: Counter[str] = field(default_factory=Counter)
+    """What the conversations of the current file have and is not trained -> how many rows."""
     _tables: dict[tuple[str, ...], list[TableRow]] = field(default_factory=dict)
 
     def add_file(self, name: str, parsed: ParsedFile) -> str:
@@ -83,6 +85,7 @@ class Gathered:
             text = row.cells["text"]
             size += len(text) + 2
             if not chunks or size > limit:
+                text = text.lstrip("\n")
                 chunks.append((row.line, []))
                 size = len(text)
             chunks[-1][1].append(text)
@@ -97,9 +100,13 @@ class Gathered:
         for row in rows:
             value = as_text(row.cells.get(column)).strip() if column is not None else ""
             self._convert(name, row, shape, digest("group", value) if value else None)
+        self.notes += [
+            f"{name}: {what} is not trained ({count:,} row{'s' * (count > 1)})" for what, count in self._unused.items()
+        ]
+        self._unused.clear()
 
     def _convert(self, name: str, row: Row, shape: Shape, group: str | None) -> None:
-        result = convert_row(f"{name}:{row.line}", row, shape, self.settings.text_chunk_chars)
+        result = convert_row(f"{name}:{row.line}", row, shape, self.settings.text_chunk_chars, self._unused)
         if isinstance(result, BadRow):
             self.bad.append((name, result))
         else:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from estiba.errors import DataError
+from finetune.data.chats import is_conversation
 from finetune.data.dialects import split_lines
 from finetune.data.encodings import bad_bytes_in
 from finetune.data.recognise import CHATS, is_known_name
@@ -16,6 +17,7 @@ from finetune.data.rows import MAX_LINE_CHARS, MAX_NESTING, BadRow, Number, Pars
 
 _LOOKS_LIKE_JSON = re.compile(r'\s*(\{\s*("|\}|$)|\[\s*([\[{"\]]|-?\d|true\b|false\b|null\b|$))')
 _LOOKS_LIKE_PYTHON = re.compile(r"\s*\[?\s*\{\s*'")
+_LIST_OF_OBJECTS = re.compile(r"\[\s*(\{|$)")
 _BLANK = re.compile(r"\s*")
 _SEPARATOR = re.compile(r"[\s,]*")
 _WRAPPERS = (
@@ -31,18 +33,19 @@ _WRAPPERS = (
     "dataset",
 )
 _MESSAGE_KEYS = frozenset({"role", "from", "content"})
-_SPEAKERS = frozenset({"role", "from"})
-_WORDS = frozenset({"content", "value", "parts", "tool_calls"})
 _ERROR_KEYS = frozenset({"message", "Message", "error", "errors", "code", "status", "detail", "requestId", "__type"})
 _SAMPLE_LINES = 50
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _LINES = ("jsonl", "ndjson")
 
 _NOT_JSON = "not JSON"
 _NOT_AN_OBJECT = "not an object"
 
 
-class _DuplicateKeyError(ValueError):
-    pass
+class _Ambiguous(dict[str, Any]):
+    """An object with a key twice, of which a dictionary keeps the last."""
+
+    twice = ""
 
 
 def looks_like_json(text: str) -> bool:
@@ -54,15 +57,44 @@ def looks_like_python(text: str) -> bool:
     return _LOOKS_LIKE_PYTHON.match(text) is not None
 
 
+def looks_like_json_lines(lines: list[str]) -> bool:
+    """Whether most lines are complete objects, also if the first is none."""
+    filled = _first_filled(lines)
+    return len(filled) > 1 and 2 * sum(map(_is_complete_object, filled)) >= len(filled)
+
+
+def is_text_in_brackets(text: str) -> bool:
+    """Whether a text begins as a JSON list does and is none: `[1] Smith, A.`, `[2024-01-01 10:00] INFO`."""
+    position = _end_of(_BLANK, text, 0)
+    if _LIST_OF_OBJECTS.match(text, position):
+        return False
+    try:
+        while position < len(text):
+            _, position = _DECODER.raw_decode(text, position)
+            position = _end_of(_SEPARATOR, text, position)
+    except json.JSONDecodeError as error:
+        return not _is_cut_off(text, error)
+    except RecursionError:
+        pass
+    return False
+
+
+def _first_filled(lines: list[str]) -> list[str]:
+    return [line for line in lines[: _SAMPLE_LINES * 4] if line.strip()][:_SAMPLE_LINES]
+
+
 def parse_json(name: str, text: str) -> ParsedFile:
     """Return the rows of a JSON or JSON Lines file. Raises DataError, with the place, if it is broken."""
     lines = split_lines(text)
-    filled = [line for line in lines[: _SAMPLE_LINES * 4] if line.strip()][:_SAMPLE_LINES]
+    filled = _first_filled(lines)
     complete = sum(map(_is_complete_object, filled))
     if len(filled) > 1 and all(line.lstrip().startswith('"') for line in filled):
         return _json_lines(lines)
     # One bad line among good ones is a bad row, also if it is the first or one of two.
     if len(filled) > 1 and complete and (2 * complete >= len(filled) or _is_complete_object(filled[0])):
+        return _json_lines(lines)
+    objects = [_is_complete_object(line.rstrip().rstrip(",")) for line in filled]
+    if len(filled) > 1 and objects[0] and 2 * sum(objects) >= len(filled):
         return _json_lines(lines)
     if not text.isascii() and (mark := bad_bytes_in(text)):
         line = next(number for number, line in enumerate(lines, start=1) if bad_bytes_in(line))
@@ -87,8 +119,6 @@ def _values(name: str, text: str) -> Iterator[Any]:
     while position < len(text):
         try:
             value, position = _DECODER.raw_decode(text, position)
-        except _DuplicateKeyError as error:
-            raise DataError(f"{name}: {error}; remove one of them") from error
         except json.JSONDecodeError as error:
             raise DataError(_broken(name, text, error)) from error
         except RecursionError as error:
@@ -105,8 +135,7 @@ def _end_of(pattern: re.Pattern[str], text: str, position: int) -> int:
 def _broken(name: str, text: str, error: json.JSONDecodeError) -> str:
     end = len(text.rstrip())
     last_line = text.count("\n", 0, end) + 1
-    open_string = error.msg.startswith("Unterminated string") and text.count("\n", error.pos) <= 1
-    if error.pos >= end or open_string:
+    if _is_cut_off(text, error):
         return (
             f"{name}:{last_line}: the JSON is cut off here, at character {end:,}, in the middle of a value; "
             "copy or export the file again"
@@ -115,11 +144,19 @@ def _broken(name: str, text: str, error: json.JSONDecodeError) -> str:
     return f"{name}:{error.lineno}: not JSON at column {error.colno} ({error.msg}; found {found!r}); repair the file"
 
 
+def _is_cut_off(text: str, error: json.JSONDecodeError) -> bool:
+    open_string = error.msg.startswith("Unterminated string") and text.count("\n", error.pos) <= 1
+    return error.pos >= len(text.rstrip()) or open_string
+
+
 def _one_value(name: str, value: Any) -> ParsedFile:
     if isinstance(value, list):
-        return _from_list([value] if _is_conversation(value) else value, "json", "element")
+        return _from_list([value] if is_conversation(value) else value, "json", "element")
     if not isinstance(value, dict):
         raise DataError(f"{name}: is one JSON {_type_name(value)}; give an array of objects or JSON Lines")
+    for item in (value, *value.values()):
+        if isinstance(item, _Ambiguous):
+            raise DataError(f"{name}: the key {item.twice!r} is duplicated in one object; remove one of them")
     lists = {key: item for key, item in value.items() if isinstance(item, list)}
     objects = {key: item for key, item in lists.items() if item and isinstance(item[0], dict)}
     if {"cells", "nbformat"} <= value.keys():
@@ -242,9 +279,6 @@ def _json_lines(lines: list[str]) -> ParsedFile:
             continue
         try:
             values = _line_values(line)
-        except _DuplicateKeyError as error:
-            parsed.bad.append(BadRow(number, "duplicate key", f"{error}; remove one of them"))
-            continue
         except RecursionError:
             parsed.bad.append(BadRow(number, "nested too deep", f"nested more than {MAX_NESTING} deep; flatten it"))
             continue
@@ -280,21 +314,13 @@ def _add_all(parsed: ParsedFile, values: list[tuple[int, Any]], unit: str) -> No
     for number, value in values:
         if are_texts:
             value = {"text": value}
-        elif _is_conversation(value):
+        elif is_conversation(value):
             value = {"messages": value}
         _add(parsed, number, value, unit)
 
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and not isinstance(value, Number) and value.lstrip()[:1] not in ("{", "[")
-
-
-def _is_conversation(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(item, dict) and item.keys() & _SPEAKERS and item.keys() & _WORDS for item in value)
-    )
 
 
 def _add(parsed: ParsedFile, number: int, value: Any, unit: str) -> None:
@@ -305,30 +331,28 @@ def _add(parsed: ParsedFile, number: int, value: Any, unit: str) -> None:
         parsed.bad.append(BadRow(number, _NOT_AN_OBJECT, found))
     elif nesting(value) > MAX_NESTING:
         parsed.bad.append(BadRow(number, "nested too deep", f"nested more than {MAX_NESTING} deep; flatten it"))
-    elif not all(map(_is_unicode, value)):
-        parsed.bad.append(BadRow(number, "not UTF-8", "a key holds half of a surrogate pair; export the text again"))
-    elif length := _too_long(value):
-        longest = f"{MAX_LINE_CHARS // 10**6} million"
-        parsed.bad.append(
-            BadRow(number, "line too long", f"a text of {length:,} characters, more than {longest}; split the record")
-        )
+    elif fault := _fault(value):
+        parsed.bad.append(BadRow(number, *fault))
     elif not value:
         parsed.bad.append(BadRow(number, "no field", f"an empty {unit if unit == 'object' else 'object'}; remove it"))
     else:
         cells = {key.strip(): item for key, item in value.items()}
-        parsed.rows.append(Row(number, cells))
+        parsed.rows.append(Row(number, cells if len(cells) == len(value) else value))
 
 
-def _too_long(value: Any) -> int | None:
-    """Return the length of a string that no record should have, here or in a value inside."""
+def _fault(value: Any) -> tuple[str, str] | None:
+    """Return what no record can have, here or in a value inside."""
     if isinstance(value, str):
-        return len(value) if len(value) > MAX_LINE_CHARS else None
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next((length for item in inner if (length := _too_long(item))), None)
-
-
-def _is_unicode(text: str) -> bool:
-    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+        if len(value) > MAX_LINE_CHARS:
+            longest = f"{MAX_LINE_CHARS // 10**6} million"
+            return "line too long", f"a text of {len(value):,} characters, more than {longest}; split the record"
+        if not value.isascii() and _SURROGATE.search(value):
+            return "not UTF-8", "contains half of a surrogate pair; export the text again"
+        return None
+    if isinstance(value, _Ambiguous):
+        return "duplicate key", f"the key {value.twice!r} is duplicated in one object; remove one of them"
+    inner = (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((fault for item in inner if (fault := _fault(item))), None)
 
 
 def _finished(parsed: ParsedFile) -> ParsedFile:
@@ -350,14 +374,15 @@ def _type_name(value: Any) -> str:
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise _DuplicateKeyError(f"the key {twice[:60]!r} is duplicated in one object")
+        value = _Ambiguous(value)
+        value.twice = Counter(key for key, _ in pairs).most_common(1)[0][0][:60]
     return value
 
 
 _DECODER = json.JSONDecoder(
     parse_int=Number,
     parse_float=Number,
-    parse_constant=lambda _: None,  # NaN and Infinity are no JSON; pandas writes them for a missing cell
+    # none of them is JSON; pandas writes NaN for a missing cell
+    parse_constant=lambda name: None if name == "NaN" else Number(name),
     object_pairs_hook=_pairs,
 )

@@ -23,6 +23,7 @@ def parse_text(name: str, text: str, text_format: TextFormat) -> ParsedFile:
         parsed.dialect = "one document"
     paragraph: list[str] = []
     first = 1
+    blank = 0  # lines above the paragraph
     for number, line in enumerate(lines, start=1):
         fault = _fault(line)
         if fault is not None:
@@ -33,11 +34,16 @@ def parse_text(name: str, text: str, text_format: TextFormat) -> ParsedFile:
             if body.strip():
                 parsed.rows.append(Row(number, {"text": body}))
         elif body.strip():
-            first = number if not paragraph else first
+            if not paragraph:
+                first = number
+                paragraph = [""] * (blank - 1)  # paragraphs are joined with one blank line; the others stay
+                blank = 0
             paragraph.append(body)
-        elif paragraph:
-            parsed.rows.append(Row(first, {"text": "\n".join(paragraph)}))
-            paragraph = []
+        else:
+            blank += 1
+            if paragraph:
+                parsed.rows.append(Row(first, {"text": "\n".join(paragraph)}))
+                paragraph = []
     if paragraph:
         parsed.rows.append(Row(first, {"text": "\n".join(paragraph)}))
     parsed.row_count = len(parsed.rows) + len(parsed.bad)

@@ -42,6 +42,8 @@ _PREFERENCES = (
     ("accepted", "rejected"),
     ("response_j", "response_k"),
 )
+_ANSWER = "(response|answer|output|completion|text|reply|messages?|conversation|summary|sample)"
+"""What the names of a preference pair may have in front or behind."""
 _METADATA = frozenset("id idx index uuid source url date timestamp lang language split meta metadata".split())
 _SAMPLE_ROWS = 1000
 _NUMBERS_SHARE = 0.9
@@ -108,7 +110,9 @@ def shape_of(where: str, columns: Sequence[str], rows: Sequence[Row]) -> Shape:
     text = next((by_name[name] for name in _TEXTS if name in by_name), None)
     if text is not None:
         others = [name for name in by_name if by_name[name] != text and name not in _METADATA]
-        if not LABELS.intersection(others):
+        if not LABELS.intersection(others) and (
+            not others or normalized(text) in _TEXTS[:1] or _is_prose(text, sample)
+        ):
             return text_shape(text, columns)
     prose = _prose_column(by_name, sample)
     return text_shape(prose, columns) if prose is not None else Shape(records="table")
@@ -117,6 +121,14 @@ def shape_of(where: str, columns: Sequence[str], rows: Sequence[Row]) -> Shape:
 def text_shape(column: str, columns: Iterable[str]) -> Shape:
     ignored = tuple(other for other in columns if other != column)
     return Shape(records="text", fields={"text": column}, ignored=ignored)
+
+
+def _is_prose(column: str, rows: Sequence[Row]) -> bool:
+    """Whether most cells have several words. The body of a planet or the number of a document is no text."""
+    cells = [cell for row in rows if (cell := as_text(row.cells.get(column)).strip())]
+    # words of Chinese, Japanese or Thai are not set apart
+    prose = sum(len(cell.split()) >= _PROSE_WORDS or (len(cell) >= 8 and not cell.isascii()) for cell in cells)
+    return 2 * prose >= len(cells)
 
 
 def _prose_column(by_name: dict[str, str], rows: Sequence[Row]) -> str | None:
@@ -146,7 +158,8 @@ def refuse_numbers(where: str, column: str, rows: Sequence[Row]) -> None:
 def _refuse_preferences(where: str, by_name: dict[str, str], rows: Sequence[Row]) -> None:
     line = rows[0].line if rows else 1
     for better, worse in _PREFERENCES:
-        pair = [next((column for name, column in by_name.items() if part in name), None) for part in (better, worse)]
+        patterns = [re.compile(rf"({_ANSWER}_)?{part}(_{_ANSWER})?") for part in (better, worse)]
+        pair = [next((by_name[name] for name in by_name if known.fullmatch(name)), None) for known in patterns]
         if all(column is not None and not _are_numbers(column, rows[:_SAMPLE_ROWS]) for column in pair):
             raise DataError(
                 f"{where}:{line}: holds preference pairs ({pair[0]!r} and {pair[1]!r}), and this "

@@ -49,6 +49,8 @@ _SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer, not the data", "run `git lfs pull`"),
     (0, b"/annex/objects/", "a git-annex pointer, not the data", "run `git annex get`"),
 )
+_ALSO_TEXT = frozenset((b"FEA1", b"ORC", b"GGUF", b"GIF87a", b"GIF89a", b"ID3", b"OggS", b"fLaC", b"ftyp", b"ustar"))
+"""Signatures that the header of a table may begin with: ORCID, ID3_tag. The file has bytes that no text has."""
 _ZIP_CONTENT = (
     ("xl/", "an Excel spreadsheet (xlsx)", "save it as CSV UTF-8, one file per sheet"),
     ("word/", "a Word document (docx)", "save it as plain text"),
@@ -85,7 +87,7 @@ def refuse_other_kinds(name: str, data: bytes) -> None:
 def _recognise(data: bytes) -> tuple[str, str] | None:
     head = data[:4096]
     for offset, magic, what, remedy in _SIGNATURES:
-        if head.startswith(magic, offset):
+        if head.startswith(magic, offset) and (magic not in _ALSO_TEXT or is_binary(head)):
             return what, remedy
     if _is_old_tar(head):
         return "a tar archive", _UNPACK
@@ -104,6 +106,11 @@ def _recognise(data: bytes) -> tuple[str, str] | None:
     if len(data) > 9 and data[8:10] in (b'{"', b"{}", b"{ ") and 2 <= struct.unpack("<Q", data[:8])[0] < len(data):
         return "a safetensors model", _MODEL
     return _markup(_as_ascii(head), _as_ascii(data[: 2**16]))
+
+
+def is_binary(head: bytes) -> bool:
+    """Whether bytes have control characters that no text has."""
+    return any(byte < 9 for byte in head)
 
 
 def _is_old_tar(head: bytes) -> bool:

@@ -59,7 +59,13 @@ def convert_table(name: str, columns: Sequence[str], rows: list[TableRow], setti
 
 def _cells(texts: dict[str, list[str]], count: int) -> Iterator[dict[str, str]]:
     for index in range(count):
-        yield {column: cells[index].strip() for column, cells in texts.items()}
+        yield {column: _trimmed(cells[index]) for column, cells in texts.items()}
+
+
+def _trimmed(cell: str) -> str:
+    """A cell without the blanks that pad a table; of several lines, such as code, the first keeps its indentation."""
+    text = cell.strip()
+    return cell.rstrip().lstrip("\r\n") if "\n" in text else text
 
 
 def _record(item: TableRow, cells: dict[str, str], template: RowTemplate, roles: ColumnRoles) -> Record | BadRow:
