@@ -232,6 +232,8 @@ class _Launch:
     def refuse_over_budget(self, submission: Submission) -> None:
         if self.max_cost_usd is not None:
             region, usd_per_h = submission.options.region, submission.options.usd_per_h
+            if submission.target.on_aws:
+                region = prices.region_of(submission.request, region)
             table = prices.load(region or "us-east-1")
             refuse_over(estimate(submission.job, table, region=region, usd_per_h=usd_per_h), self.max_cost_usd)
 

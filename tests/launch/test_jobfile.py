@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from estiba_launch.errors import InvalidJob, LaunchError
 from estiba_launch.request import variables
 from estiba_launch.request.address import TargetAddress
-from estiba_launch.request.contract import Host
+from estiba_launch.request.contract import Host, file_path
 from estiba_launch.request.jobfile import load, read_tree
 from estiba_launch.request.options import HostOptions, read_options
 from estiba_launch.request.variables import ENV_LINES, Undefined, parse_settings, read_container_env, read_env_file
@@ -351,3 +351,77 @@ def test_an_invalid_target_is_refused(text):
 def test_an_ssh_target_is_parsed():
     assert registry.parse("ssh://root@10.0.0.1:2222") == TargetAddress("ssh", "root", "10.0.0.1", 2222)
     assert str(registry.parse("ssh://box")) == "ssh://box"
+
+
+@pytest.mark.parametrize("text", ["ssh://u@[2001:db8::1]:2222", "ssh://[::1]", "ssh://u@host:2222", "local", "k8s"])
+def test_the_text_of_a_target_names_the_same_target(text):
+    address = registry.parse(text)
+    assert registry.parse(str(address)) == address
+    assert str(address) == text
+
+
+TAGGED = ["!!int abc", "!!bool abc", "!!float abc", "!!timestamp abc"]
+
+
+@pytest.mark.parametrize("value", TAGGED)
+def test_a_value_with_a_tag_is_text_like_any_other(value, write):
+    assert read_tree(write(text=f"a: {value}\nb: !!int 5\n")) == {"a": "abc", "b": "5"}
+
+
+@pytest.mark.parametrize("text", ["a: !!binary aGk=", "a: !!set {b}", "!!int 5: a", "a: !!map b", 'a: "\\UFFFFFFFF"'])
+def test_a_tag_without_meaning_in_a_request_is_refused(text, write):
+    with pytest.raises(LaunchError, match="not plain YAML"):
+        read_tree(write(text=text))
+
+
+def test_a_name_that_yaml_reads_as_null_stays_text(write):
+    assert read_tree(write(text="{null: 5, ~: 6}")) == {"null": "5", "~": "6"}
+
+
+def test_a_variable_in_a_name_is_refused(write):
+    path = write({"HyperParameters": {"${NAME}": "5"}})
+    with pytest.raises(InvalidJob, match=r"HyperParameters\.\$\{NAME\}: variables are filled in only in values"):
+        load(path, LOCAL, {"NAME": "lr"}, {})
+
+
+@pytest.mark.parametrize("indent", [None, 2, "\t"])
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_any_json_is_read_as_its_yaml_is(indent, ascii_only, write):
+    tree = {"emoji": "😀", "line": "a\x85b", "lr": 1e-4, "n": [1, True, None, "x"], "d": {"yes": False, "<<": "k"}}
+    text = json.dumps(tree, indent=indent, ensure_ascii=ascii_only)
+    read = {"emoji": "😀", "line": "a\x85b", "lr": "0.0001", "n": ["1", "true", None, "x"]}
+    assert read_tree(write(text=text)) == {**read, "d": {"yes": "false", "<<": "k"}}
+
+
+def test_a_json_number_keeps_its_text(write):
+    assert read_tree(write(text='{\n\t"a": 0.10, "b": 1e-4, "c": 10000000000000000000}')) == {
+        "a": "0.10", "b": "1e-4", "c": "10000000000000000000",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": {"b": 1,\t"b": 2}}', "'b' appears twice"),
+        ('{"a": ' * 1000 + "1" + "}" * 1000, "nested deeper than"),
+        (json.dumps({"a": ["x"] * 30_000}), "holds more than"),
+        ("[1]", "not a CreateTrainingJob request"),
+    ],
+)
+def test_json_has_the_limits_of_yaml(text, message, write):
+    with pytest.raises(LaunchError, match=message):
+        read_tree(write(text=text))
+
+
+@pytest.mark.parametrize("uri", ["file://~no-such-user/x", "file:///tmp/" + "x" * 300])
+def test_a_path_that_no_disk_can_hold_is_refused(uri):
+    with pytest.raises(LaunchError, match=r"file://.*path"):
+        file_path(uri)
+
+
+def test_the_role_comes_from_role_arn_where_the_file_names_none(write, good):
+    del good["RoleArn"]
+    role = "arn:aws:iam::210987654321:role/Other"
+    assert load(write(), SAGEMAKER, {"ROLE_ARN": role}, {}).request["RoleArn"] == role
+    with pytest.raises(InvalidJob, match="RoleArn: required and missing; pass --role"):
+        load(write(), SAGEMAKER, {}, {})

@@ -90,6 +90,72 @@ def test_folders_of_the_nodes_are_valid_too(cluster):
     assert [one["name"] for one in pod["initContainers"]] == ["config"]
 
 
+def volume_and_mount(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The first channel's volume, and where the job's container has it."""
+    pod = documents(text)["Job"]["spec"]["template"]["spec"]
+    volume = next(one for one in pod["volumes"] if one["name"] == "channel-0")
+    return volume["hostPath"], next(one for one in pod["containers"][0]["volumeMounts"] if one["name"] == "channel-0")
+
+
+def test_one_file_is_mounted_in_the_channels_folder(good, tmp_path):
+    (tmp_path / "dd.csv").write_text("1")
+    good["InputDataConfig"][0]["DataSource"]["S3DataSource"]["S3Uri"] = f"file://{tmp_path}/dd.csv"
+    text = make(good)
+    check(text)
+    volume, mount = volume_and_mount(text)
+    assert volume == {"path": f"{tmp_path}/dd.csv", "type": "File"}
+    assert mount["mountPath"] == "/opt/ml/input/data/dataset/dd.csv"
+
+
+def test_a_folder_above_this_one_has_its_own_path(good, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    good["InputDataConfig"][0]["DataSource"]["S3DataSource"]["S3Uri"] = "file://../w"
+    assert volume_and_mount(make(good))[0] == {"path": f"{tmp_path}/w", "type": "Directory"}
+
+
+@pytest.mark.parametrize("name", ["part-", "a:b.csv"])
+def test_files_that_no_mount_can_give_are_refused(good, tmp_path, name: str):
+    for file in ("part-1", "a:b.csv"):
+        (tmp_path / file).write_text("1")
+    good["InputDataConfig"][0]["DataSource"]["S3DataSource"]["S3Uri"] = f"file://{tmp_path}/{name}"
+    with pytest.raises(LaunchError, match=r"InputDataConfig\[0\]\.DataSource\.S3DataSource\.S3Uri = .*; (move|rename)"):
+        make(good)
+
+
+def test_folders_of_the_nodes_are_not_divided_among_pods(cluster):
+    source = cluster["InputDataConfig"][0]["DataSource"]["S3DataSource"]
+    source |= {"S3Uri": "file:///some/dir", "S3DataDistributionType": "ShardedByS3Key"}
+    with pytest.raises(LaunchError, match=r"'ShardedByS3Key': .*; put the data on S3, or use FullyReplicated"):
+        make(cluster)
+    cluster["ResourceConfig"]["InstanceCount"] = 1
+    check(make(cluster))
+
+
+@pytest.mark.parametrize("place", ["/dev/shm", "/dev//shm/", "/opt/c:k"])
+def test_a_checkpoint_path_that_a_pod_cannot_have_is_refused(cluster, place: str):
+    cluster["CheckpointConfig"]["LocalPath"] = place
+    with pytest.raises(LaunchError, match=r"CheckpointConfig.LocalPath = .*; use /opt/ml/checkpoints"):
+        make(cluster)
+
+
+def test_the_printed_command_makes_the_secret_as_docker_reads_the_file(good, tmp_path):
+    secrets = tmp_path / "ok env's.env"
+    secrets.write_text('# comment\nTOK="a b" # c\nexport B=2\n')
+    (tmp_path / "kubectl").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/words; cat > {tmp_path}/given\n')
+    (tmp_path / "kubectl").chmod(0o755)
+    text = make(good, HostOptions(env_file=str(secrets)))
+    check(text)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    subprocess.run(["sh", "-c", "sed -n 's/^#   //p' | sh"], input=text, text=True, env=env, check=True)
+    assert (tmp_path / "given").read_text() == "TOK=a b\nB=2\n"
+    assert (tmp_path / "words").read_text().split() == [
+        *("create", "secret", "generic", "embed-1-env", "--from-env-file=/dev/stdin")
+    ]
+    with pytest.raises(LaunchError, match=r"--env-file .*; rename the file"):
+        make(good, HostOptions(env_file="a\nb"))
+
+
 def test_one_host_needs_no_service(good):
     text = make(good)
     check(text)

@@ -10,6 +10,7 @@ from pathlib import Path
 import botocore.session
 import pytest
 from botocore.validate import ParamValidator
+from click.testing import Result
 from typer.testing import CliRunner
 
 import finetune_request
@@ -20,6 +21,7 @@ from estiba_launch.request import contract, jobfile, prices
 from estiba_launch.request.estimate import estimate, refuse_over
 from estiba_launch.request.forecast import Assumptions
 from estiba_launch.request.options import HostOptions, read_options
+from estiba_launch.request.validation import service_model
 from estiba_launch.targets import operations, registry, script_mode
 from estiba_launch.targets.local import script as local_script
 from estiba_launch.targets.local.channels import place
@@ -491,3 +493,99 @@ def test_the_job_file_of_the_tensordock_guide_is_the_guides_command(tmp_path, mo
     }
     assert request["StoppingCondition"]["MaxRuntimeInSeconds"] == 72 * 3600
     assert "129.60" in CliRunner().invoke(app, words[:-1]).stderr
+
+
+def spot_job(good: dict, target: str) -> jobfile.JobFile:
+    good["StoppingCondition"] = {"MaxRuntimeInSeconds": 3600, "MaxWaitTimeInSeconds": 86400}
+    return jobfile.check(Path("job.yaml"), good, registry.parse(target))
+
+
+def test_the_ceiling_on_kubernetes_is_that_of_the_manifests_deadline(good):
+    job = spot_job(good, "k8s")
+    assert "activeDeadlineSeconds: 86400" in artefact(job, OPTIONS)
+    cost = estimate(job, prices.load(), usd_per_h=5.0)
+    assert cost.ceiling_usd == pytest.approx(120.0)
+    assert "at most 120.00 USD (24 h x 5 USD/h" in cost.render() and "MaxWaitTimeInSeconds" in cost.render()
+    good["EnableManagedSpotTraining"] = False
+    del good["StoppingCondition"]["MaxWaitTimeInSeconds"]
+    cost = estimate(jobfile.check(Path("job.yaml"), good, registry.parse("k8s")), prices.load(), usd_per_h=5.0)
+    assert cost.ceiling_usd == pytest.approx(5.0) and "MaxWaitTimeInSeconds" not in cost.render()
+
+
+def test_the_ceiling_on_slurm_is_that_of_each_start(good):
+    text = estimate(spot_job(good, "slurm"), prices.load(), usd_per_h=5.0).render()
+    assert "each start at most 5.00 USD" in text and "counts the time anew after each interruption" in text
+
+
+def test_the_ceiling_says_that_storage_is_not_in_it(good):
+    good["ResourceConfig"]["VolumeSizeInGB"] = 16384
+    job = aws_job(good, InstanceType="ml.m5.xlarge", InstanceCount=10, VolumeSizeInGB=16384)
+    (line,) = [one for one in estimate(job, prices.load(), today=DAY).render().splitlines() if "ceiling" in one]
+    assert "without storage: 10 x 16384 GB of EBS" in line
+
+
+IGNORED = {
+    "RemoteDebugConfig": {"EnableRemoteDebug": True},
+    "EnableInterContainerTrafficEncryption": True,
+    "TensorBoardOutputConfig": {"S3OutputPath": "s3://bucket/tb"},
+    "RetryStrategy": {"MaximumRetryAttempts": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("target", "honoured"),
+    [("local", True), ("k8s", True), ("slurm", False), ("ssh://user@203.0.113.7", False), ("sagemaker", None)],
+)
+def test_one_note_lists_what_a_target_ignores(target, honoured, good):
+    good |= IGNORED
+    good["OutputDataConfig"]["KmsKeyId"] = "key"
+    good["InputDataConfig"][0]["ShuffleConfig"] = {"Seed": 1}
+    job = jobfile.check(Path("job.yaml"), good, registry.parse(target))
+    notes = [one for one in operations.prepare(job, SubmitOptions(host=OPTIONS)).job.notes if "no effect on" in one]
+    if honoured is None:
+        assert notes == []
+        return
+    (note,) = notes
+    names = set(note.partition(": ")[2].split(", "))
+    expected = IGNORED.keys() | {"OutputDataConfig.KmsKeyId", "InputDataConfig[0].ShuffleConfig"}
+    assert names == (expected - {"RetryStrategy"} if honoured else expected)
+
+
+def plan_on_sagemaker(good: dict, path: Path, *words: str) -> Result:
+    path.write_text(json.dumps(good))
+    return CliRunner().invoke(app, ["plan", str(path), "--target", "sagemaker", *words])
+
+
+def test_a_read_only_type_does_not_replace_the_price(good, tmp_path):
+    good["ResourceConfig"] |= {"InstanceType": "ml.p5.48xlarge", "SelectedInstanceType": "ml.m5.xlarge"}
+    done = plan_on_sagemaker(good, tmp_path / "job.yaml")
+    assert done.exit_code == 2 and "ResourceConfig.SelectedInstanceType" in done.stderr
+    assert "USD" not in done.stderr
+
+
+@pytest.mark.parametrize("in_file", [True, False])
+def test_a_plan_takes_a_roles_name_and_leaves_its_arn_to_the_run(in_file, good, tmp_path):
+    good["RoleArn"] = "MyRole"
+    words = () if in_file else ("--role", good.pop("RoleArn"))
+    done = plan_on_sagemaker(good, tmp_path / "job.yaml", *words)
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["RoleArn"] == "MyRole"
+    assert "note: RoleArn MyRole: a role's name" in done.stderr
+
+
+@pytest.mark.parametrize("by", ["settings", "image"])
+def test_a_plan_warns_of_a_price_from_another_region_wherever_the_region_is_set(by, good, tmp_path, monkeypatch):
+    for name in ("AWS_DEFAULT_REGION", "AWS_REGION", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "aws").write_text("[default]\nregion = ap-southeast-2\n" if by == "settings" else "")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "aws"))
+    image = good["AlgorithmSpecification"]["TrainingImage"]
+    good["AlgorithmSpecification"]["TrainingImage"] = image.replace("us-east-1", "ap-southeast-2")
+    done = plan_on_sagemaker(good, tmp_path / "job.yaml")
+    assert "price is for us-east-1, not ap-southeast-2" in done.stderr
+
+
+def test_a_profile_that_does_not_exist_stops_no_plan(good, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_PROFILE", "no-such-profile")
+    service_model.create_training_job.cache_clear()
+    assert plan_on_sagemaker(good, tmp_path / "job.yaml").exit_code == 0

@@ -138,6 +138,11 @@ def test_the_users_table_overrides_the_shipped_one_and_a_file_overrides_both(own
         '{"date": "2026-01-01", "instances": {"a": {"usd_per_h": -1}}}',
         '{"date": "2026-01-01", "instances": {"a": {"price": 1}}}',
         '{"instances": {"a": {"usd_per_h": 1}}}',
+        '{"date": "2026-01-01", "instances": {"a": {"usd_per_h": 1, "vcpus": "x"}}}',
+        '{"date": "2026-01-01", "instances": {"a": {"usd_per_h": 1, "memory_gib": "16"}}}',
+        '{"date": "2026-01-01", "instances": {"a": {"usd_per_h": 1, "memory_gib": 1e308}}}',
+        '{"date": "2026-01-01", "instances": {"a": {"usd_per_h": 1' + "0" * 400 + "}}}",
+        "[" * 200_000,
     ],
 )
 def test_a_file_that_is_not_a_price_table_is_refused_by_name(text, tmp_path):
@@ -181,3 +186,27 @@ def test_a_failed_refresh_keeps_the_current_prices(offer_url, own_config):
 def test_an_offer_file_with_other_columns_is_refused():
     with pytest.raises(LaunchError, match="columns"):
         list(prices.read_offer(["a,b\n", "SKU,c\n", "1,2\n"]))
+
+
+@pytest.mark.parametrize(
+    ("image", "given", "settings", "region"),
+    [
+        ("ap-southeast-2", None, None, "ap-southeast-2"),
+        ("ap-southeast-2", None, "eu-west-1", "eu-west-1"),
+        ("ap-southeast-2", "us-west-2", "eu-west-1", "us-west-2"),
+        (None, None, None, None),
+    ],
+)
+def test_the_region_is_the_one_in_which_the_job_would_run(image, given, settings, region, tmp_path, monkeypatch):
+    for name in ("AWS_DEFAULT_REGION", "AWS_REGION", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "aws").write_text(f"[default]\nregion = {settings}\n" if settings else "")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "aws"))
+    uri = f"210987654321.dkr.ecr.{image}.amazonaws.com/e:1" if image else "e:1"
+    assert prices.region_of({"AlgorithmSpecification": {"TrainingImage": uri}}, given) == region
+
+
+def test_aws_settings_that_cannot_be_used_name_no_region(monkeypatch):
+    monkeypatch.setenv("AWS_PROFILE", "no-such-profile")
+    monkeypatch.delenv("AWS_DEFAULT_REGION", raising=False)
+    assert prices.configured_region() is None

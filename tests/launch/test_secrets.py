@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from estiba_launch.errors import InvalidJob
+from estiba_launch.request.jobfile import load
 from estiba_launch.request.secrets import secret_name, secret_value
+from estiba_launch.targets import registry
 
 # Put together at run time: a scanner that reads this file must find nothing.
 AWS_KEY = "AKIA" + "IOSFODNN7" + "EXAMPLE"
@@ -73,3 +78,47 @@ def test_a_reference_to_a_secret_is_allowed(good, problems_of):
 def test_a_git_commit_is_no_secret(good, problems_of):
     good["HyperParameters"]["revision"] = "5617a9f61b028005a4858fdac845db406aefb181"
     assert problems_of(good) == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("DB", "postgres://user:hunter2@${HOST}/db"),
+        ("T", "${P}" + HF_TOKEN),
+        ("T", "${X:?" + HF_TOKEN + "}"),
+        ("T", "${X-" + HF_TOKEN + "}"),
+        ("T", "${" + HF_TOKEN + "}"),
+        ("PGPASSWORD", "${X-hunter2}"),
+    ],
+)
+def test_a_secret_beside_an_undefined_variable_is_not_printed(name, text, good, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good["Environment"] = {name: text, "OTHER": "${PLAIN}"}
+    (tmp_path / "job.yaml").write_text(json.dumps(good))
+    with pytest.raises(InvalidJob) as error:
+        load(tmp_path / "job.yaml", registry.parse("local"), {}, {})
+    shown = str(error.value)
+    assert "hunter2" not in shown and HF_TOKEN not in shown
+    assert f"Environment.{name} (value hidden)" in shown
+    assert "Environment.OTHER = '${PLAIN}': PLAIN is not defined" in shown
+
+
+def test_a_default_with_a_secret_is_not_printed_when_the_value_is_wrong(good, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good["ResourceConfig"]["InstanceCount"] = "${N:-" + HF_TOKEN + "}"
+    (tmp_path / "job.yaml").write_text(json.dumps(good))
+    with pytest.raises(InvalidJob, match="InstanceCount = 'many'") as error:
+        load(tmp_path / "job.yaml", registry.parse("local"), {"N": "many"}, {})
+    assert HF_TOKEN not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["MLFLOW_TRACKING_TOKEN", "PGPASSWORD", "KAGGLE_KEY", "DATABRICKS_TOKEN", "DB_PASS", "GH_PAT", "GH_TOKEN"]
+)
+def test_names_of_common_services_secrets_are_known(name):
+    assert secret_name(name)
+
+
+@pytest.mark.parametrize("name", ["forward_pass", "passes", "pat", "password_length", "single-pass", "sort_key"])
+def test_names_that_only_resemble_secrets_are_allowed(name):
+    assert not secret_name(name)

@@ -106,8 +106,10 @@ def option(words: list[str], name: str) -> str:
 
 def test_the_batch_file_of_a_cluster_is_golden(golden, good, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokens.env").write_text("HF_TOKEN=x\n")
     good["ResourceConfig"]["InstanceCount"] = 2
-    text = make(good, HostOptions(gpus="all", gpus_if_any=True, memory="16g", cpus=4, env_file="/srv/tokens.env"))
+    text = make(good, HostOptions(gpus="all", gpus_if_any=True, memory="16g", cpus=4, env_file="tokens.env"))
     golden("cluster.slurm.sh", text)
 
 
@@ -157,7 +159,7 @@ def test_each_node_has_its_own_folder_and_links_to_what_is_shared(cluster, slurm
         host = tmp_path / "work/hosts" / node
         assert json.loads((host / "input/config/hyperparameters.json").read_text()) == cluster["HyperParameters"]
         assert not (host / "input/config/resourceconfig.json").exists()
-        assert os.readlink(host / "links/0") == f"{tmp_path}/my data, all"
+        assert (host / "links/0").resolve() == tmp_path / "my data, all"
         assert os.readlink(host / "links/checkpoints") == f"{tmp_path}/check points"
 
 
@@ -166,6 +168,29 @@ def test_a_sharded_channel_is_divided_among_the_nodes(cluster, slurm, tmp_path):
     slurm.run(make(cluster))
     files = [sorted(os.listdir(tmp_path / "work/inputs" / node / "dataset")) for node in ("0", "1")]
     assert files == [["a b.csv"], ["c.csv"]]
+
+
+@pytest.mark.parametrize(("name", "expected"), [("a b.csv", ["a b.csv"]), ("a", ["a b.csv"])])
+@pytest.mark.parametrize("distribution", ["FullyReplicated", "ShardedByS3Key"])
+def test_a_file_or_a_name_prefix_is_in_the_channels_folder(
+    cluster, slurm, tmp_path, name: str, expected: list[str], distribution: str
+):
+    source = cluster["InputDataConfig"][0]["DataSource"]["S3DataSource"]
+    source |= {"S3Uri": f"file://{tmp_path}/my data, all/{name}", "S3DataDistributionType": distribution}
+    for _ in range(2):
+        code, _seen = slurm.run(make(cluster))
+        assert code == 0
+        first, second = (sorted(os.listdir(tmp_path / "work/hosts" / node / "links/0")) for node in ("0", "1"))
+        assert (first, second) == (expected, expected if distribution == "FullyReplicated" else [])
+    assert sorted(os.listdir(tmp_path / "my data, all")) == ["a b.csv", "c.csv"]
+
+
+def test_an_input_that_is_nowhere_starts_nothing(cluster, slurm, tmp_path):
+    source = cluster["InputDataConfig"][0]["DataSource"]["S3DataSource"]
+    source["S3Uri"] = f"file://{tmp_path}/absent"
+    code, seen = slurm.run(make(cluster))
+    assert code != 0
+    assert f"{tmp_path}/absent" in seen["error"]
 
 
 def test_results_are_copied_and_a_failed_job_leaves_its_output_only(cluster, slurm, tmp_path):
@@ -201,6 +226,21 @@ def test_secrets_are_read_on_the_cluster_and_are_no_words_of_a_command(cluster, 
     assert (seen["environ"]["HF_TOKEN"], seen["environ"]["OTHER"]) == ("s3cr3t $x", "two")
     assert "s3cr3t" not in " ".join(seen["words"])
     assert option(seen["words"], "--container-env").endswith(",HF_TOKEN,OTHER")
+
+
+@pytest.mark.parametrize("name", ["UID", "EUID", "PPID", "RANDOM"])
+def test_a_variable_that_the_shell_owns_is_refused(cluster, name: str):
+    cluster["Environment"] = {name: "5"}
+    with pytest.raises(LaunchError, match=f"Environment: '{name}' is the shell's own variable, .*; rename it"):
+        make(cluster)
+
+
+@pytest.mark.parametrize("name", ["my-var", "a.b", "1st", "UID"])
+def test_a_secret_that_the_shell_cannot_name_is_refused(cluster, tmp_path, name: str):
+    (tmp_path / "tokens.env").write_text(f"GOOD=1\n{name}=s3cr3t\n")
+    with pytest.raises(LaunchError, match=f"tokens.env: '{name}' is .*; rename it") as refused:
+        make(cluster, HostOptions(env_file=str(tmp_path / "tokens.env")))
+    assert "s3cr3t" not in str(refused.value)
 
 
 def test_an_image_that_cannot_be_pulled_starts_nothing(cluster, slurm):

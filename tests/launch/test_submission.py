@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from estiba_launch.cli.app import app
+from estiba_launch.errors import LaunchError
 from estiba_launch.jobs.options import SubmitOptions
 from estiba_launch.request import contract, jobfile
 from estiba_launch.request.options import HostOptions
@@ -107,6 +108,19 @@ def test_the_script_of_a_sharded_cluster_on_s3_parses(good, target):
     script = operations.prepare(jobfile.check(Path("job.yaml"), good, registry.parse(target)), options).render()
     assert "s3://bucket/data" in script and "s3://bucket/checkpoints" in script
     assert subprocess.run(["sh", "-n"], input=script, text=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("target", ["local", HOST])
+def test_more_hosts_than_a_network_has_addresses_are_refused(good, target):
+    def prepared() -> str:
+        job = jobfile.check(Path("job.yaml"), good, registry.parse(target))
+        return operations.prepare(job, SubmitOptions()).render()
+
+    good["ResourceConfig"]["InstanceCount"] = 253
+    assert "+ 254))" in prepared()
+    good["ResourceConfig"]["InstanceCount"] = 254
+    with pytest.raises(LaunchError, match=r"254 hosts, but .* use at most 253, or the target sagemaker, k8s or slurm"):
+        prepared()
 
 
 # ---- the three targets

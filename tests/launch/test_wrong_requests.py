@@ -135,6 +135,15 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
         "AlgorithmSpecification.MetricDefinitions",
         {"AlgorithmSpecification.MetricDefinitions": [{"Name": f"m{i}", "Regex": "(.)"} for i in range(41)]},
     ),
+    "metric regex that Python cannot count": (
+        "AlgorithmSpecification.MetricDefinitions[0].Regex",
+        {"AlgorithmSpecification.MetricDefinitions.0.Regex": "(a{99999999999})"},
+    ),
+    "type that AWS selects": (
+        "ResourceConfig.SelectedInstanceType",
+        {"ResourceConfig.SelectedInstanceType": "ml.m5.xlarge"},
+    ),
+    "count that AWS selects": ("ResourceConfig.SelectedInstanceCount", {"ResourceConfig.SelectedInstanceCount": 1}),
     "metric regex of 501": (
         "AlgorithmSpecification.MetricDefinitions[0].Regex",
         {"AlgorithmSpecification.MetricDefinitions.0.Regex": "(" + "a" * 499 + ")"},
@@ -346,6 +355,18 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
         "CheckpointConfig.LocalPath",
         {"CheckpointConfig.LocalPath": "/opt/ml/model/c"},
     ),
+    "checkpoints over the model directory, with two slashes": (
+        "CheckpointConfig.LocalPath",
+        {"CheckpointConfig.LocalPath": "//opt/ml/model"},
+    ),
+    "checkpoints over everything": ("CheckpointConfig.LocalPath", {"CheckpointConfig.LocalPath": "//"}),
+    "NUL in a variable": ("Environment.A", {"Environment.A": "x\0y"}),
+    "NUL in a hyperparameter": ("HyperParameters.a", {"HyperParameters.a": "x\0y"}),
+    "NUL in an argument": (
+        "AlgorithmSpecification.ContainerArguments[1]",
+        {"AlgorithmSpecification.ContainerArguments": ["train", "a\0b"]},
+    ),
+    "NUL in an address": (f"{S3}.S3Uri", {"InputDataConfig.0.DataSource.S3DataSource.S3Uri": "s3://bucket/a\0b"}),
     "checkpoints over the data": ("CheckpointConfig.S3Uri", {"CheckpointConfig.S3Uri": "s3://bucket/data/c"}),
     "6 security groups": (
         "VpcConfig.SecurityGroupIds",
@@ -392,6 +413,14 @@ WRONG_HERE: dict[str, tuple[str, dict[str, Any]]] = {
         {"ResourceConfig": {"InstancePreferences": [{"InstanceType": "ml.g5.xlarge", "InstanceCount": 1}]}},
     ),
     "https on this machine": (f"{S3}.S3Uri", {"InputDataConfig.0.DataSource.S3DataSource.S3Uri": "https://b/x"}),
+    "file:// of no user": (
+        f"{S3}.S3Uri",
+        {"InputDataConfig.0.DataSource.S3DataSource.S3Uri": "file://~no-such-user/x"},
+    ),
+    "file:// with a name of 300": (
+        "OutputDataConfig.S3OutputPath",
+        {"OutputDataConfig.S3OutputPath": "file:///tmp/" + "x" * 300},
+    ),
     "file:// without a path": (f"{S3}.S3Uri", {"InputDataConfig.0.DataSource.S3DataSource.S3Uri": "file://"}),
 }
 
@@ -452,3 +481,15 @@ def test_spot_without_checkpoints_is_refused_with_the_expected_loss(good, proble
     assert "97%" in problem.rule
     assert "213.3 h" in problem.rule
     assert "28 min" in problem.rule
+
+
+@pytest.mark.parametrize("regex", ["([[a]b)", "([0-9]+)"])
+def test_a_regex_that_python_reads_is_accepted_without_its_warnings(regex, good, problems_of, recwarn):
+    put(good, "AlgorithmSpecification.MetricDefinitions.0.Regex", regex)
+    assert problems_of(good) == ()
+    assert not recwarn.list
+
+
+def test_a_part_of_another_type_from_python_is_a_problem(good, problems_of):
+    put(good, "InputDataConfig", 5)
+    assert [problem.field for problem in problems_of(good, "local")] == ["InputDataConfig"]

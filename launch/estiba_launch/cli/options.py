@@ -67,8 +67,14 @@ class PriceFlags:
     ] = None
     region: Region = None
 
-    def load(self) -> prices.Prices:
-        return prices.load(self.region or "us-east-1", self.price_file)
+    def load(self, job: JobFile | None = None) -> prices.Prices:
+        return prices.load(self.region_of(job) or "us-east-1", self.price_file)
+
+    def region_of(self, job: JobFile | None = None) -> str | None:
+        """Where AWS runs and bills the job: as its client finds it, else where the image is."""
+        if job is not None and not job.target.on_aws:
+            return self.region
+        return prices.region_of(job.request if job else {}, self.region)
 
 
 @dataclass(kw_only=True)

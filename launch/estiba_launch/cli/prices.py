@@ -27,7 +27,7 @@ def show(
         return
     table = price.load()
     instances = [one for name, one in sorted(table.instances.items()) if not only or only in name]
-    for warning in table.warnings([one.name for one in instances], price.region):
+    for warning in table.warnings([one.name for one in instances], price.region_of()):
         opt.say(f"warning: {warning}")
     document = [{**vars(one), "date": one.date and one.date.isoformat()} for one in instances]
     opt.show(document if as_json else "\n".join(price_table(instances)))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import typer
 
@@ -33,6 +35,8 @@ from estiba_launch.targets.base import Capability
 
 EXIT_CODES = {"Completed": EXIT_DONE, "Failed": EXIT_JOB_FAILED, "Stopped": EXIT_INTERRUPTED}
 
+STAND_IN_ROLE = "arn:aws:iam::999999999999:role/name"
+
 
 @opt.command
 def plan(
@@ -42,6 +46,7 @@ def plan(
     set_: opt.Settings = None,
     as_json: opt.AsJson = False,
     cost: opt.HostPriceFlags,
+    role: opt.Role = None,
     assumptions: Assumptions,
     host: opt.HostFlags,
 ) -> None:
@@ -50,7 +55,8 @@ def plan(
     Checks the job file and starts nothing. Without --target, shows every target that the job is ready for and what
     the others lack.
     """
-    table, settings = cost.load(), opt.settings_for(job, set_)
+    cost.load()  # A price table that cannot be read is no fault of any target.
+    settings = opt.settings_for(job, set_)
     now = datetime.datetime.now(datetime.UTC)
     addresses = (
         [registry.parse(target)]
@@ -63,7 +69,8 @@ def plan(
     refused: list[tuple[TargetAddress, LaunchError]] = []
     for address in addresses:
         try:
-            loaded = jobfile.load(job, address, settings, now=now)
+            loaded = _load_for_plan(job, address, settings, now, role)
+            table = cost.load(loaded)
             options = SubmitOptions(host=host.read(loaded, table), region=cost.region, usd_per_h=cost.usd_per_h)
             submission = operations.prepare(loaded, options)
             price = _estimate(loaded, table, cost, assumptions)
@@ -98,10 +105,28 @@ def plan(
         raise typer.Exit(exit_code if documents else refused[-1][1].exit_code)
 
 
+def _load_for_plan(
+    job: Path, address: TargetAddress, settings: dict[str, str], now: datetime.datetime, role: str | None
+) -> JobFile:
+    """The job as `run` sends it, except that a role's name stays one, since AWS is not asked."""
+    names: list[str] = []
+
+    def stand_in(name: str) -> str:
+        names.append(name)
+        return STAND_IN_ROLE
+
+    values = {**settings, "ROLE_ARN": role} if role and address.on_aws else settings
+    loaded = jobfile.load(job, address, values, now=now, resolve_role=stand_in)
+    if not names:
+        return loaded
+    note = f"RoleArn {names[0]}: a role's name, of which `estiba run` asks AWS for the ARN"
+    return replace(loaded, request={**loaded.request, "RoleArn": names[0]}, notes=(*loaded.notes, note))
+
+
 def _estimate(
     job: JobFile, table: Prices, cost: opt.HostPriceFlags, assumptions: Assumptions | None = None
 ) -> Estimate:
-    price = estimate(job, table, assumptions=assumptions, region=cost.region, usd_per_h=cost.usd_per_h)
+    price = estimate(job, table, assumptions=assumptions, region=cost.region_of(job), usd_per_h=cost.usd_per_h)
     for warning in price.warnings:
         opt.say(f"warning: {warning}")
     return price
@@ -180,7 +205,7 @@ def start_and_follow(
 
 def _start(job: JobFile, start: opt.RunFlags, host: opt.HostFlags, cost: opt.HostPriceFlags, show_plan: bool) -> str:
     registry.target_of(job.target).require(Capability.SUBMIT)
-    table = cost.load()
+    table = cost.load(job)
     submission = operations.prepare(job, start.options(host.read(job, table), cost))
     price = _estimate(job, table, cost)
     if show_plan:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from estiba_launch.request.contract import metric_pattern
+
 LOG = "job.log"
 METRICS = "metrics.json"
 """Metrics of a job without a local supervisor; not in the record, which another process may be writing."""
@@ -70,7 +72,7 @@ class Metrics:
     def __init__(self, request: Mapping[str, Any], keep: Callable[[list[dict[str, Any]]], None]) -> None:
         """`keep` receives a FinalMetricDataList, every few seconds while values change."""
         definitions = request["AlgorithmSpecification"].get("MetricDefinitions", [])
-        self._patterns = [(one["Name"], re.compile(one["Regex"])) for one in definitions]
+        self._patterns = [(one["Name"], metric_pattern(one["Regex"])) for one in definitions]
         self._keep = keep
         self._latest: dict[str, tuple[float, float]] = {}
         self._kept_at = 0.0

@@ -20,8 +20,14 @@ class TargetAddress:
     on_aws: bool = False
     """AWS runs and bills the job, so it needs a role, an image in ECR and data on S3. Elsewhere file:// is allowed."""
 
+    waits_count: bool = False
+    """With managed spot, the only limit on a job's time is MaxWaitTimeInSeconds."""
+    restarts_clock: bool = False
+    """A job that is taken away and starts again has its whole time limit again."""
+
     def __str__(self) -> str:
         if self.host is None:
             return self.kind
         user = f"{self.user}@" if self.user else ""
-        return f"{self.kind}://{user}{self.host}{f':{self.port}' if self.port != 22 else ''}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.kind}://{user}{host}{f':{self.port}' if self.port != 22 else ''}"

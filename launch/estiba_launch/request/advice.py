@@ -5,17 +5,39 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import PurePosixPath
 from typing import Any
 
 from estiba_launch.request.contract import checkpoint_dir
 from estiba_launch.request.prices import hosts_of
+from estiba_launch.request.validation.view import View
 
 LONG_KEEP_ALIVE_S = 3600
 """What AWS's guide to warm pools allows. The API's own model takes 21,600."""
 DEFAULT_RUNTIME_QUOTA_S = 5 * 86_400
+ONLY_ON_SAGEMAKER = (
+    "AlgorithmSpecification.EnableSageMakerMetricsTimeSeries",
+    "AlgorithmSpecification.TrainingImageConfig",
+    "DebugHookConfig",
+    "DebugRuleConfigurations",
+    "EnableInterContainerTrafficEncryption",
+    "InfraCheckConfig",
+    "OutputDataConfig.KmsKeyId",
+    "ProfilerConfig",
+    "ProfilerRuleConfigurations",
+    "RemoteDebugConfig",
+    "ResourceConfig.InstancePlacementConfig",
+    "ResourceConfig.KeepAlivePeriodInSeconds",
+    "ResourceConfig.TrainingPlanArn",
+    "ResourceConfig.VolumeKmsKeyId",
+    "RetryStrategy",
+    "SessionChainingConfig",
+    "StoppingCondition.MaxPendingTimeInSeconds",
+    "TensorBoardOutputConfig",
+)
+"""Members that other targets accept and ignore, unless they honour them."""
 CHECKPOINT_NAME = re.compile(r"checkpoint|ckpt", re.IGNORECASE)
 AT_THE_END = ("/opt/ml/model", "/opt/ml/output")
 OLD_EFA_SETTINGS = {
@@ -37,6 +59,18 @@ def notes(request: Mapping[str, Any]) -> Iterator[str]:
     yield from _checkpoints(request)
     if sum(count for _, count in hosts_of(request)) > 1:
         yield from _network(request)
+
+
+def without_effect(request: Mapping[str, Any], target: str, honoured: Sequence[str]) -> Iterator[str]:
+    """One line with the members that `target`, which is not SageMaker, ignores."""
+    view = View(request)
+    ignored = [name for name in ONLY_ON_SAGEMAKER if view(name)]
+    ignored += [one.field("ShuffleConfig") for one in view.each("InputDataConfig") if one("ShuffleConfig")]
+    if view("OutputDataConfig.CompressionType") == "GZIP":
+        # Without it the targets on hosts write plain files.
+        ignored.append("OutputDataConfig.CompressionType")
+    if ignored := [name for name in ignored if name not in honoured]:
+        yield f"no effect on {target}, only on SageMaker: {', '.join(ignored)}"
 
 
 def _limits(request: Mapping[str, Any]) -> Iterator[str]:

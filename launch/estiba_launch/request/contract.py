@@ -7,11 +7,14 @@ SageMaker AI provides training information").
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from estiba_launch.errors import LaunchError
 from estiba_launch.request.prices import hosts_of
 
 INTERFACE = "eth0"
@@ -19,6 +22,7 @@ DEFAULT_CHECKPOINT_DIR = "/opt/ml/checkpoints"
 DEFAULT_MAX_RUNTIME_S = 86_400
 """The API's default of StoppingCondition.MaxRuntimeInSeconds."""
 HOMOGENEOUS = "homogeneousCluster"
+MAX_FILE_NAME_BYTES = 255
 ENCODINGS = ("plain", "json")
 SUBMIT_DIRECTORY = "SAGEMAKER_SUBMIT_DIRECTORY"
 
@@ -207,5 +211,25 @@ def command(request: Mapping[str, Any]) -> tuple[str | None, list[str]]:
 
 
 def file_path(uri: str) -> Path:
-    """`file://PATH` -> absolute path; a relative one is below the current directory, ~ is the home directory."""
-    return Path(uri.removeprefix("file://")).expanduser().absolute()
+    """`file://PATH` -> absolute path; a relative one is below the current directory, ~ is the home directory.
+
+    Raises LaunchError for the ~ of a user whom this machine does not know, and for a name that no disk can hold.
+    """
+    try:
+        path = Path(uri.removeprefix("file://")).expanduser().absolute()
+        longest = max((len(part.encode("utf-8", "replace")) for part in path.parts), default=0)
+        if longest > MAX_FILE_NAME_BYTES:
+            raise LaunchError(f"{uri}: a name of {longest} bytes, at most {MAX_FILE_NAME_BYTES}; correct the path")
+        return path
+    except RuntimeError:
+        raise LaunchError(
+            f"{uri}: no such user on this machine, so ~ is no directory; write the path in full"
+        ) from None
+
+
+def metric_pattern(regex: str) -> re.Pattern[str]:
+    """The compiled Regex of a metric. Raises re.error, OverflowError or RecursionError."""
+    with warnings.catch_warnings():
+        # Python announces a later meaning of `[[`; what it means now is what counts.
+        warnings.simplefilter("ignore", FutureWarning)
+        return re.compile(regex)

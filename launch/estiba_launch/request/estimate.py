@@ -39,8 +39,18 @@ class Estimate:
     @property
     def limit_s(self) -> int:
         """The longest that the hosts can be billed, including a warm pool's wait."""
+        if self._waits_count:
+            return int(self.job.request["StoppingCondition"]["MaxWaitTimeInSeconds"])
         warm_s = self.job.request["ResourceConfig"].get("KeepAlivePeriodInSeconds", 0)
         return max_runtime_s(self.job.request) + (int(warm_s) if self.job.target.on_aws else 0)
+
+    @property
+    def _is_spot(self) -> bool:
+        return bool(self.job.request.get("EnableManagedSpotTraining"))
+
+    @property
+    def _waits_count(self) -> bool:
+        return self.job.target.waits_count and self._is_spot
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -61,10 +71,23 @@ class Estimate:
         if not self.usd_per_h:
             return f"{where}: no bill from AWS\n"
         terms = f"{duration(self.limit_s)} x {self.usd_per_h:.4g} USD/h, from --usd-per-h"
-        return f"{where}: at most {self.ceiling_usd:.2f} USD ({terms}; a rented host is billed until you return it)\n"
+        if self._waits_count:
+            terms += "; the limit is MaxWaitTimeInSeconds, in which waits and restarts count too"
+        most = "at most"
+        if self.job.target.restarts_clock and self._is_spot:
+            most = "each start at most"
+            terms += f"; {self.job.target} counts the time anew after each interruption"
+        return f"{where}: {most} {self.ceiling_usd:.2f} USD ({terms}; a rented host is billed until you return it)\n"
+
+    @property
+    def _storage(self) -> str:
+        """What the ceiling leaves out: no table has the price of the volumes."""
+        size_gb = self.job.request["ResourceConfig"].get("VolumeSizeInGB")
+        count = sum(count for _, count in self.hosts)
+        return f", without storage: {count} x {size_gb} GB of EBS" if size_gb else ""
 
     def _billed_by_aws(self) -> list[str]:
-        spot = bool(self.job.request.get("EnableManagedSpotTraining"))
+        spot = self._is_spot
         lines = [f"{self.job.name} on SageMaker{', managed spot' if spot else ', on-demand'}"]
         for one, count in self.hosts:
             gpus = f"{one.gpus} x {one.gpu} {one.gpu_memory_mib} MiB" if one.gpus else "no GPU"
@@ -83,9 +106,10 @@ class Estimate:
         used = cost.assumptions
         usd = "  ".join(f"{name.upper()} {cost.usd[name]:.2f}" for name in ("p10", "p50", "p90"))
         billed = " / ".join(duration(cost.billed_s[name]) for name in ("p10", "p50", "p90"))
+        terms = f"{duration(self.limit_s)} x {cost.usd_per_h:.4g} USD/h{self._storage}"
         lines += [
             f"  price         {cost.usd_per_h:.4g} USD/h",
-            f"  ceiling       {self.ceiling_usd:.2f} USD ({duration(self.limit_s)} x {cost.usd_per_h:.4g} USD/h)",
+            f"  ceiling       {self.ceiling_usd:.2f} USD ({terms})",
             f"  forecast      {usd} USD ({billed})",
         ]
         work = f"{duration(used.work_s)} of work" if used.work_s else f"work of {used.work_share:.0%} of the limit"

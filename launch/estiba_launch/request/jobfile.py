@@ -6,13 +6,16 @@ stays `1e-4`, `on` stays `on`, and `VolumeSizeInGB: ${GB}` is a number once it i
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import datetime
+import json
 import os
 import re
 import stat as modes
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,19 +79,38 @@ _TextLoader.yaml_implicit_resolvers = {
 }
 
 
-def _unique_mapping(loader: _TextLoader, node: yaml.MappingNode) -> dict[str, Any]:
+def _unique_mapping(loader: _TextLoader, node: yaml.Node) -> dict[str, Any]:
+    if not isinstance(node, yaml.MappingNode):
+        raise yaml.constructor.ConstructorError(None, None, "not a mapping, as its tag says", node.start_mark)
     names: set[str] = set()
     for key, _ in node.value:
-        if not isinstance(key, yaml.ScalarNode):
-            raise yaml.constructor.ConstructorError(None, None, "a name must be plain text", key.start_mark)
-        if key.value in names and key.value != "<<":
-            raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} appears twice", key.start_mark)
-        names.add(key.value)
+        name = _name(key)
+        if name in names and name != "<<":
+            raise yaml.constructor.ConstructorError(None, None, f"{name!r} appears twice", key.start_mark)
+        names.add(name)
     loader.flatten_mapping(node)
-    return {str(loader.construct_object(k)): loader.construct_object(v, deep=True) for k, v in node.value}
+    return {_name(key): loader.construct_object(value, deep=True) for key, value in node.value}
 
 
-_TextLoader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
+def _name(key: yaml.Node) -> str:
+    """A name as it is in the file, also `null` and `~`."""
+    if not isinstance(key, yaml.ScalarNode) or key.tag not in NAME_TAGS:
+        raise yaml.constructor.ConstructorError(None, None, "a name must be plain text", key.start_mark)
+    return str(key.value)
+
+
+YAML_TAG = "tag:yaml.org,2002:"
+NAME_TAGS = {f"{YAML_TAG}{name}" for name in ("str", "null", "merge")}
+# Tags with a meaning outside the API (!!binary, !!set, ...) are refused like unknown ones.
+_TextLoader.yaml_constructors = {
+    **{
+        f"{YAML_TAG}{name}": yaml.SafeLoader.construct_yaml_str for name in ("str", "int", "float", "bool", "timestamp")
+    },
+    f"{YAML_TAG}null": yaml.SafeLoader.construct_yaml_null,
+    f"{YAML_TAG}seq": yaml.SafeLoader.construct_yaml_seq,
+    f"{YAML_TAG}map": _unique_mapping,
+    None: yaml.SafeLoader.construct_undefined,
+}
 
 
 @dataclass(frozen=True)
@@ -141,6 +163,8 @@ def load(
         **(os.environ if environ is None else environ),
         **(settings or {}),
     }
+    if target.on_aws and "RoleArn" not in tree and variables.get("ROLE_ARN"):
+        tree["RoleArn"] = variables["ROLE_ARN"].replace("${", "$${")
     problems: list[Problem] = []
     written: dict[str, str] = {}
     folder = path.resolve().parent.name if path.stem == "job" else path.stem
@@ -171,6 +195,8 @@ def check(
     """
     filled, assumed = with_data_types(filled)
     request, invalid = validation.check(filled, target)
+    hidden = secrets.hidden(filled, written or {})
+    undefined = [_without_text(problem) if problem.field in hidden else problem for problem in undefined]
     problems: list[Problem] = []
     for group in (undefined, secrets.find(filled), invalid):
         # An undefined field has no value to check, and a secret must not be shown by another problem.
@@ -178,11 +204,20 @@ def check(
         problems += [problem for problem in group if problem.field not in reported]
     if problems:
         texts = {
-            field: text for field, text in (written or {}).items() if field not in {one.field for one in undefined}
+            field: text
+            for field, text in (written or {}).items()
+            if field not in {one.field for one in undefined} | hidden
         }
         shown = [dataclasses.replace(problem, written=texts.get(problem.field)) for problem in problems]
         raise InvalidJob(str(path), sorted(shown, key=lambda problem: problem.field))
     return JobFile(path, target, request, uploads, (*notes, *assumed, *advice.notes(request)))
+
+
+def _without_text(problem: Problem) -> Problem:
+    """A problem of a field with a secret, without the field's text, of which its rule and remedy may hold parts."""
+    rule = "a variable is not defined" if secrets.secret_value(problem.rule) else problem.rule
+    remedy = f"correct that, and take the secret out of this field: {secrets.REMEDY}"
+    return dataclasses.replace(problem, secret=True, rule=rule, remedy=remedy)
 
 
 def with_data_types(request: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -211,11 +246,48 @@ def read_text(path: Path) -> str:
         raise LaunchError(f"{path}: cannot be read ({reason}); pass the path of a job.yaml") from None
 
 
-def read_tree(path: Path) -> dict[str, Any]:
-    """The YAML in `path`, before its variables are filled in. Raises LaunchError if it is not a mapping."""
+def _read_json(text: str) -> Any:
+    """The tree in JSON text, with numbers and flags as text, like in YAML; None for other text, and for JSON at the
+    limits, which the YAML reader counts. Raises ValueError for a name that appears twice."""
     try:
-        tree = yaml.load(read_text(path), _TextLoader)
-    except yaml.YAMLError as error:
+        tree = json.loads(
+            text.removeprefix("\ufeff"), parse_int=str, parse_float=str, parse_constant=str, object_pairs_hook=_unique
+        )
+    except (json.JSONDecodeError, RecursionError):
+        return None
+    count = 0
+
+    def plain(node: Any, depth: int = 1) -> Any:
+        nonlocal count
+        count += 1
+        if count > MAX_VALUES // 2 or depth > MAX_DEPTH:
+            raise OverflowError
+        if isinstance(node, dict):
+            return {name: plain(one, depth + 1) for name, one in node.items()}
+        if isinstance(node, list):
+            return [plain(one, depth + 1) for one in node]
+        return str(node).lower() if isinstance(node, bool) else node
+
+    with contextlib.suppress(OverflowError):
+        return plain(tree)
+    return None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    for name, count in Counter(name for name, _ in pairs).items():
+        if count > 1:
+            raise ValueError(f"{name!r} appears twice")
+    return dict(pairs)
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The YAML or JSON in `path`, before its variables are filled in. Raises LaunchError if it is not a mapping."""
+    text = read_text(path)
+    try:
+        # Some JSON is no YAML: tabs, and escapes of characters in two halves.
+        tree = _read_json(text)
+        tree = yaml.load(text, _TextLoader) if tree is None else tree
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         what = getattr(error, "problem", None) or str(error)
@@ -231,6 +303,10 @@ def fill_in(
     """`node` with every `${...}` filled in; adds undefined variables to `problems`, original texts to `written`."""
     if isinstance(node, dict):
         prefix = f"{path}." if path else ""
+        for key in node:
+            if "${" in key:
+                rule = "variables are filled in only in values, not in names"
+                problems.append(Problem(field=f"{prefix}{key}", rule=rule, remedy="write the name itself"))
         return {key: fill_in(value, f"{prefix}{key}", variables, problems, written) for key, value in node.items()}
     if isinstance(node, list):
         return [fill_in(value, f"{path}[{i}]", variables, problems, written) for i, value in enumerate(node)]

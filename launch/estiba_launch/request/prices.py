@@ -22,6 +22,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import botocore.session
+from botocore.exceptions import BotoCoreError
+
 from estiba_launch.errors import LaunchError
 from estiba_launch.paths import config_dir
 
@@ -29,6 +32,11 @@ STALE_AFTER_DAYS = 90
 OFFER_URL = "https://pricing.us-east-1.amazonaws.com/offers/v1.0/aws/AmazonSageMaker/current/{region}/index.csv"
 # USE1-Train:ml.g5.xlarge. Train-Spot, WarmPool and Processing usage types have other forms and are left out.
 TRAIN_USAGE = re.compile(r"(?:[A-Z0-9]+-)?Train:(ml\.[a-z0-9-]+\.[a-z0-9]+)")
+
+
+SIZES = ("gpus", "gpu_memory_mib", "vcpus", "memory_gib")
+"""Numbers of an entry other than its price."""
+MAX_SIZE = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +73,16 @@ class Prices:
                 usd_per_h = float(entry["usd_per_h"])
                 if not 0 <= usd_per_h < math.inf:
                     raise ValueError(f"price of {usd_per_h}")
+                for size in (entry[one] for one in SIZES if entry.get(one) is not None):
+                    if type(size) not in (int, float) or not 0 <= size < MAX_SIZE:
+                        raise ValueError(f"size of {size!r}")
                 # A note belongs to the price that it came with, so a newer price drops it.
                 values = {"note": None, **entry, "date": date, "usd_per_h": usd_per_h}
                 old = self.instances.get(name)
                 self.instances[name] = (
                     replace(old, **shared, **values) if old else Instance(name=name, **shared, **values)
                 )
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             raise LaunchError(
                 f'{origin}: not a price table ({error!r}); write {{"date": "YYYY-MM-DD", "instances": '
                 '{"ml.g5.xlarge": {"usd_per_h": 1.41}}}'
@@ -130,7 +141,7 @@ def load(region: str = "us-east-1", extra: Path | None = None) -> Prices:
     for path in [*saved, *([extra] if extra else [])]:
         try:
             table = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise LaunchError(f"{path}: not a price table ({error}); correct or remove it") from None
         prices.add(table, str(path))
     return prices
@@ -138,6 +149,28 @@ def load(region: str = "us-east-1", extra: Path | None = None) -> Prices:
 
 Hosts = list[tuple[str, int]]
 """[(instance type, count), ...]; more than one entry for instance groups."""
+
+
+def region_of(request: Mapping[str, Any], region: str | None = None) -> str | None:
+    """Where AWS runs and bills a job: the region given, as AWS's client finds it, else where the image is."""
+    return region or configured_region() or image_region(request)
+
+
+def configured_region() -> str | None:
+    """The region of the AWS settings of this machine; None where they name none or cannot be read."""
+    try:
+        region = botocore.session.Session().get_config_variable("region")
+    except BotoCoreError:
+        # Whatever needs the settings says what is wrong with them.
+        return None
+    return str(region) if region else None
+
+
+def image_region(request: Mapping[str, Any]) -> str | None:
+    """The region in the address of an image in ECR."""
+    image = str(request.get("AlgorithmSpecification", {}).get("TrainingImage"))
+    match = re.match(r"\d{12}\.dkr\.ecr(?:-fips)?\.([a-z0-9-]+)\.", image)
+    return match and match[1]
 
 
 def hosts_of(request: Mapping[str, Any]) -> Hosts:

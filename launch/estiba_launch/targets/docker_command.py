@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from estiba_launch.errors import LaunchError
 from estiba_launch.request import contract
 from estiba_launch.request.options import HostOptions
 
 STOP_S = 120
 """Seconds from TERM to KILL, as on SageMaker."""
+MAX_HOSTS = 253
+"""Addresses for hosts in the smallest subnet that Docker chooses, where the gateway has the first."""
 WORK = "$work"
 """Root of paths that a script resolves at run time."""
 
@@ -171,9 +174,17 @@ def create_network(name: str, options: Sequence[str], hosts: Sequence[str]) -> I
 
 
 def script_addresses(hosts: Sequence[str]) -> dict[str, str]:
-    """Addresses in the network of `create_network`; the first is its gateway's."""
+    """Addresses in the network of `create_network`; the first is its gateway's.
+
+    Raises LaunchError for too many hosts.
+    """
     if len(hosts) == 1:
         return {}
+    if len(hosts) > MAX_HOSTS:
+        raise LaunchError(
+            f"ResourceConfig.InstanceCount: {len(hosts)} hosts, but the network of one machine has addresses for "
+            f"{MAX_HOSTS}; use at most {MAX_HOSTS}, or the target sagemaker, k8s or slurm"
+        )
     return {name: Quoted(f'"${{first%.*}}.$((${{first##*.}} + {number}))"') for number, name in enumerate(hosts, 2)}
 
 

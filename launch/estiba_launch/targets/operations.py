@@ -23,7 +23,7 @@ from estiba_launch.request.prices import Prices
 from estiba_launch.targets import script_mode
 from estiba_launch.targets.base import Artifacts, ListFilters, Report, Submission, Target
 from estiba_launch.targets.cost import Cost
-from estiba_launch.targets.registry import by_target, parse, target_of, target_of_job
+from estiba_launch.targets.registry import by_target, parse, target_of, target_of_job, without_effect
 
 T = TypeVar("T")
 ORPHAN_GRACE_S = 15.0
@@ -35,7 +35,7 @@ DAMAGED = (OSError, KeyError, TypeError, ValueError, AttributeError)
 
 def prepare(job: JobFile, options: SubmitOptions | None = None) -> Submission:
     """Make what `start` sends and `estiba plan` prints. Starts nothing."""
-    job = replace(job, notes=(*job.notes, *script_mode.notes(job.request)))
+    job = replace(job, notes=(*job.notes, *without_effect(job), *script_mode.notes(job.request)))
     return target_of(job.target).prepare(job, options or SubmitOptions())
 
 

@@ -11,7 +11,9 @@ from urllib.parse import urlsplit
 
 from estiba_launch.errors import LaunchError
 from estiba_launch.jobs import directory
+from estiba_launch.request import advice
 from estiba_launch.request.address import TargetAddress
+from estiba_launch.request.jobfile import JobFile
 from estiba_launch.targets.base import ListFilters, Target
 
 
@@ -25,14 +27,21 @@ class Entry:
     on_aws: bool = False
     has_host: bool = False
     """Addressed as `kind://user@host[:port]`."""
+    waits_count: bool = False
+    restarts_clock: bool = False
+    honours: tuple[str, ...] = ()
+    """Members of the request that it acts on, of those that are SageMaker's otherwise."""
 
 
+ARCHIVES = "OutputDataConfig.CompressionType"
 TARGETS = {
-    "local": Entry("estiba_launch.targets.local.target:LocalTarget", runs_here=True),
+    "local": Entry(
+        "estiba_launch.targets.local.target:LocalTarget", runs_here=True, honours=("RetryStrategy", ARCHIVES)
+    ),
     "sagemaker": Entry("estiba_launch.targets.sagemaker.target:SageMakerTarget", on_aws=True),
     "ssh": Entry("estiba_launch.targets.ssh.target:SshTarget", has_host=True),
-    "k8s": Entry("estiba_launch.targets.k8s.target:KubernetesTarget"),
-    "slurm": Entry("estiba_launch.targets.slurm.target:SlurmTarget"),
+    "k8s": Entry("estiba_launch.targets.k8s.target:KubernetesTarget", waits_count=True, honours=("RetryStrategy",)),
+    "slurm": Entry("estiba_launch.targets.slurm.target:SlurmTarget", restarts_clock=True),
 }
 
 
@@ -40,7 +49,13 @@ def parse(text: str) -> TargetAddress:
     """Read the text of --target. Raises LaunchError when it names no target."""
     entry = TARGETS.get(text)
     if entry and not entry.has_host:
-        return TargetAddress(text, runs_here=entry.runs_here, on_aws=entry.on_aws)
+        return TargetAddress(
+            text,
+            runs_here=entry.runs_here,
+            on_aws=entry.on_aws,
+            waits_count=entry.waits_count,
+            restarts_clock=entry.restarts_clock,
+        )
     try:
         parts = urlsplit(text)
         port = 22 if parts.port is None else parts.port
@@ -79,6 +94,12 @@ def target_of(address: TargetAddress | str) -> Target:
 def address_of_job(name: str) -> TargetAddress:
     """Where a recorded job runs. Raises LaunchError when no job has this name."""
     return parse(directory.read_target(directory.job_dir(name))["target"])
+
+
+def without_effect(job: JobFile) -> Iterator[str]:
+    """A note with the members of a job's request that its target ignores."""
+    if not job.target.on_aws:
+        yield from advice.without_effect(job.request, job.target.kind, TARGETS[job.target.kind].honours)
 
 
 def target_of_job(name: str) -> Target:

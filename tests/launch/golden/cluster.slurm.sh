@@ -71,7 +71,7 @@ env_lines() {  # NAME=VALUE lines as Docker reads them: no quotes, comments or `
     -e 's/^\([^=]*=\)"\([^"]*\)".*/\1\2/' -e t -e "s/^\([^=]*=\)'\([^']*\)'.*/\1\2/" -e t \
     -e 's/[[:blank:]]\{1,\}#.*//' -e 's/[[:blank:]]*$//' "$1"
 }
-secrets=$(env_lines /srv/tokens.env)
+secrets=$(env_lines tokens.env)
 names=$names$(printf '%s\n' "$secrets" | sed -n '/=/p' | while IFS='=' read -r name _; do printf ',%s' "$name"; done)
 mounts=$here/input:/opt/ml/input,$here/model:/opt/ml/model,$here/output:/opt/ml/output,$here/links/checkpoints:/opt/ml/checkpoints,$here/links/0:/opt/ml/input/data/dataset:ro
 runtime=${RUNTIME:-}

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
+from estiba_launch.errors import LaunchError
 from estiba_launch.request.address import TargetAddress
-from estiba_launch.request.contract import SUBMIT_DIRECTORY, path_inside
+from estiba_launch.request.contract import SUBMIT_DIRECTORY, file_path, path_inside
 from estiba_launch.request.validation.view import Finding, View, uris
 
 BUCKET = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?|s3://arn:aws.*")
@@ -33,6 +34,7 @@ def find(request: View, target: TargetAddress) -> Iterator[Finding]:
     yield from _checkpoints(request)
     yield from _addresses(request, target)
     yield from _code(request, target)
+    yield from _nul(request)
 
 
 def _channel(channel: View, mode: str, groups: set[Any]) -> Iterator[Finding]:
@@ -91,7 +93,8 @@ def _checkpoints(request: View) -> Iterator[Finding]:
     path = request("CheckpointConfig.LocalPath")
     if path is not None:
         # PurePosixPath, because the path is in the container, not on this machine.
-        pure = PurePosixPath(path)
+        # It keeps two slashes at the start, which are one on Linux.
+        pure = PurePosixPath(re.sub("^//+", "/", path))
         remedy = "write /opt/ml/checkpoints"
         if not path.startswith("/") or ".." in pure.parts:
             yield "CheckpointConfig.LocalPath", path, "must be an absolute path in the container", remedy
@@ -121,6 +124,18 @@ def _code(request: View, target: TargetAddress) -> Iterator[Finding]:
             yield field, location, "no channel brings it into the container", "add a channel with this address"
 
 
+def _nul(request: View) -> Iterator[Finding]:
+    """No variable, argument or path can hold the character NUL."""
+    texts = [("CheckpointConfig.LocalPath", request("CheckpointConfig.LocalPath")), *uris(request)]
+    for path in ("Environment", "HyperParameters"):
+        texts += [(f"{path}.{name}", text) for name, text in (request(path) or {}).items()]
+    for path in ("AlgorithmSpecification.ContainerEntrypoint", "AlgorithmSpecification.ContainerArguments"):
+        texts += [(f"{path}[{number}]", text) for number, text in enumerate(request(path) or [])]
+    for field, text in dict(texts).items():
+        if "\0" in str(text):
+            yield field, text, "holds the character NUL, which no variable, argument or path can", "remove it"
+
+
 def _addresses(request: View, target: TargetAddress) -> Iterator[Finding]:
     for field, uri in uris(request):
         if uri.startswith("s3://") and not BUCKET.fullmatch(uri):
@@ -129,3 +144,9 @@ def _addresses(request: View, target: TargetAddress) -> Iterator[Finding]:
             yield field, uri, f"target {target.kind} reads s3:// and file://", "use one of them"
         elif uri == "file://":
             yield field, uri, "no path", "write file://PATH"
+        elif uri.startswith("file://"):
+            try:
+                file_path(uri)
+            except LaunchError as error:
+                rule, _, remedy = str(error).removeprefix(f"{uri}: ").partition("; ")
+                yield field, uri, rule, remedy

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from estiba_launch.request.address import TargetAddress
-from estiba_launch.request.contract import DEFAULT_MAX_RUNTIME_S
+from estiba_launch.request.contract import DEFAULT_MAX_RUNTIME_S, metric_pattern
 from estiba_launch.request.forecast import loss_without_saving
 from estiba_launch.request.validation.view import Finding, View
 
@@ -94,6 +94,9 @@ TABLE: tuple[Rule, ...] = (
          "InstanceCount on every preference, or once in ResourceConfig", "add what is missing"),
     (f"{R}.InstancePreferences", lambda r, on_aws: r(f"{R}.InstancePreferences") and not on_aws,
          "only SageMaker can choose an instance type", "use InstanceType"),
+    *((f"{R}.{name}", lambda r, _, name=name: r(f"{R}.{name}") is not None,
+          "read-only: AWS returns it for a job that it has started, and accepts it in no request", "remove it")
+         for name in ("SelectedInstanceType", "SelectedInstanceCount")),
     (f"{R}.KeepAlivePeriodInSeconds", lambda r, _: r(f"{R}.KeepAlivePeriodInSeconds") and _spot(r),
          "not with managed spot training", "remove it or set EnableManagedSpotTraining: false"),
     (S, lambda r, _: r(S) is None and not r("ServerlessJobConfig"),
@@ -154,9 +157,9 @@ def _metrics(request: View) -> Iterator[Finding]:
     for metric in request.each(f"{A}.MetricDefinitions"):
         regex = metric("Regex")
         try:
-            if regex is not None and not re.compile(regex).groups:
+            if regex is not None and not metric_pattern(regex).groups:
                 yield metric.field("Regex"), regex, "must capture the number", "put ( ) around it, as in loss=([0-9.]+)"
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             yield metric.field("Regex"), regex, f"not a regular expression ({error})", "correct it"
 
 

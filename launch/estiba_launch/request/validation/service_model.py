@@ -13,8 +13,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from botocore.model import ListShape, MapShape, Shape, StringShape, StructureShape
-from botocore.session import Session
+from botocore.loaders import create_loader
+from botocore.model import ListShape, MapShape, ServiceModel, Shape, StringShape, StructureShape
 
 from estiba_launch.errors import Problem, did_you_mean
 
@@ -37,7 +37,9 @@ TYPE_NAMES = {dict: "a mapping", list: "a list", bool: "true/false", int: "a num
 @functools.cache
 def create_training_job() -> StructureShape:
     """The input shape of SageMaker's CreateTrainingJob, from botocore's bundled model."""
-    shape = Session().get_service_model("sagemaker").operation_model("CreateTrainingJob").input_shape
+    # Without a Session, which reads the user's AWS settings and stops at those it cannot use.
+    model = ServiceModel(create_loader().load_service_model("sagemaker", "service-2"), "sagemaker")
+    shape = model.operation_model("CreateTrainingJob").input_shape
     assert isinstance(shape, StructureShape)
     return shape
 

@@ -25,8 +25,10 @@ class View:
 
     def each(self, path: str) -> list[View]:
         """The mappings of the list at `path`, each with its own path."""
-        parent = self.field(path)
-        return [View(one, f"{parent}[{i}]") for i, one in enumerate(self(path) or []) if isinstance(one, dict)]
+        parent, found = self.field(path), self(path)
+        if not isinstance(found, list):
+            return []
+        return [View(one, f"{parent}[{i}]") for i, one in enumerate(found) if isinstance(one, dict)]
 
     def field(self, path: str) -> str:
         """`path` below this part, for messages."""

@@ -5,10 +5,14 @@ A folder of the nodes must be the same on all of them, such as a mount of NFS or
 
 from __future__ import annotations
 
+import glob
+import os.path
 import shlex
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from estiba_launch.errors import LaunchError
 from estiba_launch.request import contract
 from estiba_launch.request.contract import ChannelSource
 from estiba_launch.request.jobfile import JobFile
@@ -17,6 +21,7 @@ from estiba_launch.targets.k8s.text import shell
 
 AWS_IMAGE = "public.ecr.aws/aws-cli/aws-cli:2.22.0"
 SYNC_EVERY_S = 30
+SHM = "/dev/shm"  # noqa: S108
 OWN_FOLDER = "$(JOB_COMPLETION_INDEX)"
 """Kubernetes fills it in for each pod."""
 
@@ -33,26 +38,53 @@ def mounts(request: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]]:
     if place := contract.checkpoint_dir(request):
         is_local = _checkpoints(request).startswith("file://")
         part = {} if is_local else {"subPath": "checkpoints"}
+        if ":" in place or os.path.normpath(place) == SHM:
+            rule = "a mount of Kubernetes cannot have a colon" if ":" in place else "the pod's shared memory is there"
+            raise LaunchError(f"CheckpointConfig.LocalPath = {place!r}: {rule}; use /opt/ml/checkpoints")
         yield {"name": "checkpoints" if is_local else "ml", "mountPath": place, **part}
     for number, channel in enumerate(contract.channels(request)):
         if channel.uri.startswith("file://"):
             place = f"/opt/ml/input/data/{channel.name}"
+            if os.path.isfile(path := _channel_path(request, number, channel)):
+                place += f"/{path.name}"
             yield {"name": f"channel-{number}", "mountPath": place, "readOnly": True}
 
 
 def volumes(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     if not _output(request).startswith("s3://"):
-        yield _folder("results", _output(request), create=True)
+        yield _on_node("results", _file_path(_output(request)), "DirectoryOrCreate")
     if contract.checkpoint_dir(request) and _checkpoints(request).startswith("file://"):
-        yield _folder("checkpoints", _checkpoints(request), create=True)
+        yield _on_node("checkpoints", _file_path(_checkpoints(request)), "DirectoryOrCreate")
     for number, channel in enumerate(contract.channels(request)):
         if channel.uri.startswith("file://"):
-            yield _folder(f"channel-{number}", channel.uri, create=False)
+            path = _channel_path(request, number, channel)
+            yield _on_node(f"channel-{number}", path, "File" if os.path.isfile(path) else "Directory")
 
 
-def _folder(name: str, uri: str, *, create: bool) -> dict[str, Any]:
-    kind = "DirectoryOrCreate" if create else "Directory"
-    return {"name": name, "hostPath": {"path": str(contract.file_path(uri)), "type": kind}}
+def _channel_path(request: Mapping[str, Any], number: int, channel: ChannelSource) -> Path:
+    """The folder or the file of a channel on the nodes. Raises LaunchError for what no mount can give to a pod."""
+    field = f"InputDataConfig[{number}].DataSource.S3DataSource"
+    path = _file_path(channel.uri)
+    if channel.sharded and len(contract.hosts(request)) > 1:
+        rule = f"target k8s gives every pod all of {channel.uri}"
+        remedy = "put the data on S3, or use FullyReplicated"
+        raise LaunchError(f"{field}.S3DataDistributionType = 'ShardedByS3Key': {rule}; {remedy}")
+    if not os.path.exists(path) and glob.glob(f"{glob.escape(str(path))}*"):
+        rule, remedy = "target k8s mounts a folder or one file, no name prefix", "move the files into their own folder"
+        raise LaunchError(f"{field}.S3Uri = {channel.uri!r}: {rule}; {remedy}")
+    if os.path.isfile(path) and ":" in path.name:
+        rule, remedy = "a mount of Kubernetes cannot have a colon", "rename the file, or give its folder"
+        raise LaunchError(f"{field}.S3Uri = {channel.uri!r}: {rule}; {remedy}")
+    return path
+
+
+def _on_node(name: str, path: Path, kind: str) -> dict[str, Any]:
+    return {"name": name, "hostPath": {"path": str(path), "type": kind}}
+
+
+def _file_path(uri: str) -> Path:
+    """Without `..`, which Kubernetes refuses."""
+    return Path(os.path.normpath(contract.file_path(uri)))
 
 
 def containers(job: JobFile) -> Iterator[dict[str, Any]]:

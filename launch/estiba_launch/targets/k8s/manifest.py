@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from estiba_launch.errors import LaunchError
 from estiba_launch.jobs.options import SubmitOptions
 from estiba_launch.request import contract
 from estiba_launch.request.jobfile import JobFile
+from estiba_launch.request.variables import ENV_LINES
 from estiba_launch.targets.docker_command import STOP_S
 from estiba_launch.targets.k8s import copies
 from estiba_launch.targets.k8s.text import Block, dump, literal
@@ -34,10 +37,7 @@ def render(job: JobFile, options: SubmitOptions) -> str:
     text = dump(documents(job, options))
     lines = [f"# {job.name} on Kubernetes: `kubectl apply -f` this, then `kubectl logs -f --prefix -l {_label(name)}`."]
     if options.host.env_file:
-        lines += [
-            "# Its pods take their secrets from a Secret, which no manifest should hold:",
-            f"#   kubectl create secret generic {name}-env --from-env-file={_one_line(options.host.env_file)}",
-        ]
+        lines += _secret(f"{name}-env", options.host.env_file)
     return "\n".join([*lines, text])
 
 
@@ -81,8 +81,15 @@ def _label(name: str) -> str:
     return f"batch.kubernetes.io/job-name={name}"
 
 
-def _one_line(text: str) -> str:
-    return re.sub(r"[\r\n]+", " ", text)
+def _secret(name: str, env_file: str) -> Iterator[str]:
+    """Comments with the shell that makes the Secret. kubectl itself keeps quotes and comments in the values."""
+    if not env_file.isprintable():
+        raise LaunchError(f"--env-file {env_file!r}: a comment cannot show a line break in its name; rename the file")
+    yield "# Its pods take their secrets from a Secret, which no manifest should hold. These lines make it, and"
+    yield "# `sed -n 's/^#   //p' FILE | sh` runs them for a FILE with this manifest:"
+    create = f"kubectl create secret generic {name} --from-env-file=/dev/stdin"
+    for line in (*ENV_LINES.split("\n"), f"env_lines {shlex.quote(env_file)} | {create}"):
+        yield f"#   {line}"
 
 
 def _job(name: str, job: JobFile, options: SubmitOptions) -> dict[str, Any]:
@@ -137,7 +144,7 @@ def _pod(name: str, job: JobFile, options: SubmitOptions) -> dict[str, Any]:
         "args": [literal(word) for word in arguments],
         "env": list(_environment(name, request, options)),
         "resources": _resources(request, options, str(job.target)),
-        "volumeMounts": [*mounts, {"name": "shm", "mountPath": "/dev/shm"}],  # noqa: S108
+        "volumeMounts": [*mounts, {"name": "shm", "mountPath": copies.SHM}],
     }
     if options.host.env_file:
         container["envFrom"] = [{"secretRef": {"name": f"{name}-env"}}]

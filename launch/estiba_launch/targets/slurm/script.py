@@ -18,7 +18,7 @@ from estiba_launch.jobs.options import SubmitOptions
 from estiba_launch.request import contract
 from estiba_launch.request.contract import ChannelSource
 from estiba_launch.request.jobfile import JobFile
-from estiba_launch.request.variables import ENV_LINES
+from estiba_launch.request.variables import ENV_LINES, NAME, read_container_env
 from estiba_launch.targets.docker_command import (
     STOP_S,
     WORK,
@@ -35,6 +35,8 @@ from estiba_launch.targets.printed import gpus_per_host, instance_type
 ENTRY = ("python", "-m", "estiba.platform.entry")
 """The entry point of Estiba's images, which neither runtime makes the parent of the job."""
 SYNC_EVERY_S = 30
+OF_THE_SHELL = frozenset("BASHOPTS BASH_VERSINFO EUID GROUPS PPID RANDOM SHELLOPTS UID".split())
+"""Variables that bash lets nobody set, or gives another value; it is /bin/sh on some clusters."""
 PLAIN = re.compile(r"/[A-Za-z0-9/._+@=-]*")
 
 
@@ -106,6 +108,8 @@ def _inputs(request: Mapping[str, Any]) -> Iterator[str]:
     for channel in contract.channels(request):
         if channel.uri.startswith("s3://"):
             yield from copy_from_s3(channel.uri, work_path(_all(channel)))
+        else:
+            yield from _gather(channel)
         if channel.sharded:
             for node, host in enumerate(cluster):
                 yield share(channel, host, cluster, _all(channel), Path(WORK, "inputs", str(node), channel.name))
@@ -113,9 +117,17 @@ def _inputs(request: Mapping[str, Any]) -> Iterator[str]:
 
 def _all(channel: ChannelSource) -> Path:
     """The folder with all files of a channel, which every node sees."""
-    return (
-        Path(WORK, "inputs/all", channel.name) if channel.uri.startswith("s3://") else contract.file_path(channel.uri)
-    )
+    # Apart, as what is copied from S3 must not follow the link of an earlier job into the user's own folder.
+    return Path(WORK, "inputs", "all" if channel.uri.startswith("s3://") else "links", channel.name)
+
+
+def _gather(channel: ChannelSource) -> Iterator[str]:
+    """Shell that makes a link to a folder, or a folder with copies of one file or of those with a name prefix."""
+    source, place = quote(str(contract.file_path(channel.uri))), work_path(_all(channel))
+    yield f'mkdir -p "$work/inputs/links"; rm -rf {place}'
+    yield f"if [ -d {source} ]; then ln -s {source} {place}"
+    yield f"elif [ -e {source} ]; then mkdir {place}; cp -L {source} {place}/"
+    yield f"else mkdir {place}; cp -RL {source}* {place}/; fi"
 
 
 def _folders(request: Mapping[str, Any], options: SubmitOptions) -> Iterator[str]:
@@ -170,6 +182,7 @@ def _start(request: Mapping[str, Any], options: SubmitOptions) -> Iterator[str]:
         **options.environment,
         **contract.environment(request),
     }
+    _check_names(variables, options.host.env_file)
     image = request["AlgorithmSpecification"]["TrainingImage"]
     yield "names=" + ",".join(variables)
     if options.host.env_file:
@@ -212,6 +225,16 @@ def _start(request: Mapping[str, Any], options: SubmitOptions) -> Iterator[str]:
     for name, value in variables.items():
         yield f"give {quote(f'{name}={value}')}"
     yield 'exec "$@"'
+
+
+def _check_names(variables: Mapping[str, str], env_file: str | None) -> None:
+    """The script's shell must be able to set each variable. Raises LaunchError naming one that it cannot."""
+    secrets = read_container_env(Path(env_file)) if env_file else {}
+    places = {**dict.fromkeys(secrets, f"--env-file {env_file}: "), **dict.fromkeys(variables, "Environment: ")}
+    for name, where in places.items():
+        if name in OF_THE_SHELL or not re.fullmatch(NAME, name):
+            what = "the shell's own variable" if name in OF_THE_SHELL else "no name of letters, digits and _"
+            raise LaunchError(f"{where}{name!r} is {what}, so the batch file cannot set it; rename it")
 
 
 def _mounts(request: Mapping[str, Any]) -> Iterator[str]:
