@@ -9,16 +9,15 @@ from typing import Any
 import numpy as np
 
 from embed.config import EmbedConfig  # type: ignore[import-not-found]
+from embed.data.rows import CALIBRATION_TEXTS, COMPARED_TEXTS  # type: ignore[import-not-found]
 from embed.model import Encoder  # type: ignore[import-not-found]
-
-FIRST_TEXTS = 64
-"""Of the input, as a job gives the Encoder."""
 
 
 class Ours:
     def __init__(self, task: dict[str, Any]) -> None:
         config = EmbedConfig(model=task["model"], device="cpu", **task["options"])
-        self.encoder = Encoder(config, json.loads(Path(task["files"][0]).read_text("utf-8"))[:FIRST_TEXTS])
+        texts = json.loads(Path(task["files"][0]).read_text("utf-8"))
+        self.encoder = Encoder(config, texts[: COMPARED_TEXTS + CALIBRATION_TEXTS])
 
     @property
     def about(self) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def check_locations(config: EmbedConfig) -> None:
 
 
 def _comparable(location: str) -> str | Path:
-    """An S3 address as it is, or the real path of a local one: a link must not lead the output into the input."""
+    """An S3 address as its bucket and prefix, or the real path of a local one, whatever links lead to it."""
     if location.startswith("s3://"):
         bucket, _, prefix = location.removeprefix("s3://").partition("/")
         return f"{bucket}/{prefix.strip('/')}".rstrip("/")

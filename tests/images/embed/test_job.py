@@ -356,8 +356,7 @@ def test_nodes_of_slurm_and_pods_of_kubernetes_split_the_files_too(root, inputs,
     assert done == {"gpu01": 2, "gpu02": 2, "embed-0.embed": 2, "embed-1.embed": 2}
 
 
-def test_a_host_does_all_files_of_a_sharded_channel(root, inputs, tiny_model):
-    make_input(inputs, files=3, rows=10, seed=9)
+def second_host_of_a_sharded_channel(root: Path) -> None:
     config_dir = root / "input/config"
     config_dir.mkdir()
     (config_dir / "resourceconfig.json").write_text(
@@ -366,6 +365,11 @@ def test_a_host_does_all_files_of_a_sharded_channel(root, inputs, tiny_model):
     (config_dir / "inputdataconfig.json").write_text(
         json.dumps({"dataset": {"TrainingInputMode": "File", "S3DistributionType": "ShardedByS3Key"}})
     )
+
+
+def test_a_host_does_all_files_of_a_sharded_channel(root, inputs, tiny_model):
+    make_input(inputs, files=3, rows=10, seed=9)
+    second_host_of_a_sharded_channel(root)
     embed(EmbedConfig(model=str(tiny_model)), Job.read(), Stop())
     assert json.loads((root / "output/data/results-algo-2.json").read_text())["files"]["done"] == 3
 
@@ -514,14 +518,7 @@ def test_the_tokenizer_guides_command_line_works_as_it_is(tmp_path, tiny_model, 
 
 
 def test_a_host_of_a_sharded_channel_may_have_no_file(root, inputs, tiny_model):
-    config_dir = root / "input/config"
-    config_dir.mkdir()
-    (config_dir / "resourceconfig.json").write_text(
-        json.dumps({"current_host": "algo-2", "hosts": ["algo-1", "algo-2"]})
-    )
-    (config_dir / "inputdataconfig.json").write_text(
-        json.dumps({"dataset": {"TrainingInputMode": "File", "S3DistributionType": "ShardedByS3Key"}})
-    )
+    second_host_of_a_sharded_channel(root)
     inputs.mkdir(parents=True, exist_ok=True)
     embed(EmbedConfig(model=str(tiny_model)), Job.read(), Stop())
     results = json.loads((root / "output/data/results-algo-2.json").read_text())

@@ -59,7 +59,7 @@ def is_speaker(value: Any) -> bool:
     """Whether a value is an object with the role of a message. An e-mail or a payment has a `from` too."""
     if not isinstance(value, dict):
         return False
-    return any(str(value.get(key)).strip().lower() in _ROLES for key in ("role", "from"))
+    return any(str(value.get(key)).strip().lower() in _ROLES for key in _SPEAKERS)
 
 
 def is_conversation(value: Any) -> bool:
