@@ -15,13 +15,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from embed.artifacts import stale
 from embed.artifacts.metrics import metrics_writer, write_last
 from embed.artifacts.old_outputs import OldOutputs, find_old_outputs
+from embed.artifacts.other_hosts import check_listings, listing_of, write_results
 from embed.artifacts.outputs import added_columns, kept_columns, why_not_named, why_not_writable
 from embed.artifacts.results import results_of
 from embed.artifacts.stale import OldOutput
@@ -112,11 +113,13 @@ def embed(config: EmbedConfig, job: Job, stop: Stop) -> None:
             loaded=loaded,
             computed=computed,
         )
+        results["listing"] = found.listing
         write_last(metrics, results)
-    name = "results.json" if job.host_count == 1 else f"results-{job.current_host}.json"
-    target.write(name, (json.dumps(results, indent=2, ensure_ascii=True) + "\n").encode())
+    write_results(target, job, results)
     stale.handle(target, old, config.stale_outputs)
     logger.info(results["summary"])
+    if found.paths is not None and job.host_count > 1:
+        check_listings(target, job, results, found.paths)
     report_bad(state, config)
 
 
@@ -133,6 +136,8 @@ class Input:
     ignored: list[str]
     paths: frozenset[str] | None
     """All files of all hosts; None if this host does not see them all, or the input is one file of many."""
+    listing: dict[str, Any] | None
+    """What every host must have listed; None if this host does not see all files."""
 
 
 def list_input(config: EmbedConfig, job: Job, target: Store) -> Input:
@@ -149,6 +154,7 @@ def list_input(config: EmbedConfig, job: Job, target: Store) -> Input:
         )
     is_part = listing.is_one_file or (is_sharded and job.host_count > 1)
     paths = None if is_part else frozenset(file.path for file in files)
+    listed = None if is_part else listing_of(files)
     if job.host_count > 1 and not is_sharded:
         files = share_of(files, job.host_index, job.host_count)
         ignored = ignored if job.host_index == 0 else []
@@ -176,7 +182,7 @@ def list_input(config: EmbedConfig, job: Job, target: Store) -> Input:
     for item in bad:
         logger.info(f"bad file: {item.path}: {item.reason}")
     bad = sorted(bad, key=lambda item: item.path)
-    return Input(store=source, tables=tables, bad=bad, ignored=ignored, paths=paths)
+    return Input(store=source, tables=tables, bad=bad, ignored=ignored, paths=paths, listing=listed)
 
 
 def batches_of(config: EmbedConfig, model: ModelInfo) -> str:

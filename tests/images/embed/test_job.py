@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -334,6 +335,41 @@ def test_two_hosts_split_the_files_between_them(root, inputs, tiny_model):
         done.append(json.loads((root / f"output/data/results-{host}.json").read_text())["files"]["done"])
     assert sum(done) == 7 and min(done) >= 2
     assert len(list((root / "output/data").rglob("*.parquet"))) == 7
+
+
+@pytest.mark.parametrize("name", ["nightly-1", None])
+def test_a_file_that_hosts_with_different_listings_left_out_is_named(
+    root, inputs, tiny_model, monkeypatch, capsys, name
+):
+    """The second host starts after the largest file is gone, so that the parts shift and c.parquet is in neither."""
+    config_dir = root / "input/config"
+    config_dir.mkdir()
+    if name is not None:
+        monkeypatch.setenv("TRAINING_JOB_NAME", name)
+    make_input(inputs, files=4, rows=10, seed=8)
+    sizes = {path: path.stat().st_size for path in sorted(inputs.rglob("*.parquet"))}
+    largest, *others = sorted(sizes, key=lambda path: (-sizes[path], str(path)))
+
+    def run(host: str) -> None:
+        hosts = {"current_host": host, "hosts": ["algo-1", "algo-2"]}
+        (config_dir / "resourceconfig.json").write_text(json.dumps(hosts))
+        embed(EmbedConfig(model=str(tiny_model)), Job.read(), Stop())
+
+    run("algo-1")
+    largest.unlink()
+    missing = others[0].relative_to(inputs)  # first of the first listing's second host, and of the second's first host
+    if name is None:
+        run("algo-2")
+        assert re.search(rf"listed 4 files.*without output: {missing}", capsys.readouterr().err, re.DOTALL)
+        return
+    with pytest.raises(DataError, match=rf"listed 4 files.*without output: {missing}.*run the same command again"):
+        run("algo-2")
+    results = root / "output/data/results-algo-2.json"
+    assert json.loads(results.read_text())["status"] == "failed"
+    run("algo-1")
+    run("algo-2")
+    assert all((root / "output/data" / path.relative_to(inputs)).exists() for path in others)
+    assert json.loads(results.read_text())["status"] == "complete"
 
 
 def test_nodes_of_slurm_and_pods_of_kubernetes_split_the_files_too(root, inputs, tiny_model, monkeypatch):
