@@ -13,7 +13,7 @@ from embed.model.batches import pack as pack_window
 
 def pack(lengths: np.ndarray, budget: int, max_rows: int = 0, multiple: int = 1) -> list[np.ndarray]:
     """Every batch of a window whose rows all have text, with a budget that does not fall."""
-    return list(pack_window(lengths, np.arange(len(lengths)), lambda: budget, max_rows, multiple))
+    return list(pack_window(lengths, np.arange(len(lengths)), lambda width: budget // width, max_rows, multiple))
 
 
 LENGTHS = st.lists(st.integers(1, 600), max_size=300).map(lambda lengths: np.array(lengths, np.int32))

@@ -43,6 +43,18 @@ def test_the_survey_is_asked_for_what_its_codes_decide_and_for_the_value(survey:
     assert table.predictability["Value"] < 0.1
 
 
+@pytest.mark.parametrize(
+    ("keys", "decides_units"),
+    [(("Year", "Industry_name_NZSIOC", "Variable_name"), "Variable_name"), (("Year", "Industry_code_NZSIOC"), None)],
+)
+def test_a_column_is_decided_by_what_the_question_states(
+    tmp_path: Path, keys: tuple[str, ...], decides_units: str | None
+) -> None:
+    path = write_survey(tmp_path / "survey.csv", rows=2_000)
+    [table] = load(path, DataSettings(key_columns=keys, target_columns=("Units", "Value"))).report.tables
+    assert table.decided_by.get("Units") == decides_units
+
+
 def test_every_row_of_the_survey_is_kept(survey: Dataset) -> None:
     assert (survey.report.rows, survey.report.kept, survey.report.dropped) == (ROWS, ROWS, {})
     assert len(survey.validation) == round(0.05 * ROWS)

@@ -48,17 +48,15 @@ def check_listings(target: Store, job: Job, results: dict[str, Any], paths: froz
     mine = results["listing"]
     ended = {host: found for host in job.hosts if (found := _results(target, results_name(job, host), job)) is not None}
     others = {
-        host: found["listing"]
-        for host, found in ended.items()
-        if host != job.current_host and found["listing"] != mine
+        host: found["listing"] for host, found in ended.items() if host != job.current_host and found["listing"] != mine
     }
     if not others:
         return
     host, listing = next(iter(others.items()))
     what = (
         f"the input changed between the starts of the hosts: {host} listed {listing['files']:,} files "
-        f"({listing['digest'][:8]}) and {job.current_host} {mine['files']:,} ({mine['digest'][:8]}), so that a file can "
-        "be in the part of neither"
+        f"({listing['digest'][:8]}) and {job.current_host} {mine['files']:,} ({mine['digest'][:8]}), so that a file "
+        "can be in the part of neither"
     )
     if len(ended) == job.host_count and (missing := _without_output(target, paths, ended.values())):
         more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""

@@ -63,19 +63,20 @@ def padded_width(longest: int, multiple: int = 1, limit: int | None = None) -> i
 def pack(
     lengths: np.ndarray,
     rows: np.ndarray,
-    token_budget: Callable[[], int],
+    rows_of: Callable[[int], int],
     max_rows: int = 0,
     multiple: int = 1,
 ) -> Iterator[np.ndarray]:
     """The batches of a window, as arrays of row numbers; at least one row each, however long it is.
 
-    `token_budget` is called before each batch, since it falls when memory runs out. `max_rows` 0 sets no limit.
+    `rows_of` says how many rows of a width a batch may have. It is asked before each batch, since that falls when
+    memory runs out. `max_rows` 0 sets no limit.
     """
     order = longest_first(lengths, rows)
     start = 0
     while start < len(order):
         width = padded_width(int(lengths[order[start]]), multiple)
-        count = max(1, token_budget() // max(1, width))
+        count = max(1, rows_of(max(1, width)))
         count = min(count, max_rows) if max_rows else count
         yield order[start : start + count]
         start += count

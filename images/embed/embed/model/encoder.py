@@ -26,6 +26,7 @@ from embed.model.engines import Engines, vectors_of
 from embed.model.fallbacks import EngineLoader
 from embed.model.forward import Engine, InFlight, cpu_name, is_out_of_memory, products_of
 from embed.model.known import divide
+from embed.model.memory import measured
 from embed.model.passages import cutter_for
 from embed.model.resolve import NO_LIMIT
 from embed.model.samples import SENTENCES
@@ -105,7 +106,7 @@ class Encoder:
         tokens = self._tokens
         compared: list[Features] = []
         calibration: list[Features] = []
-        if config.engine != "torch" and not why_not:
+        if config.engine != "torch" and isinstance(tokens, FastTokens) and not config.trust_remote_code:
             compared = samples.batches(tokens, self._known_ids, first_texts, self.token_budget)
         if config.dtype == "int8" and not why_not:
             calibration = samples.calibration(tokens, self._known_ids, first_texts)
@@ -113,11 +114,16 @@ class Encoder:
             config,
             self._engine,
             compared,
-            lambda width: samples.row_of_width(tokens, width),
+            lambda width: samples.rows_of_width(tokens, width),
             digest,
             why_not,
             calibration,
         )
+        if isinstance(tokens, FastTokens):
+            for engine in {self._engines.best, self._engines.reference}:
+                engine.memory = measured(
+                    engine, lambda rows, width: samples.rows_of_width(tokens, width, rows), self.max_length
+                )
         self._use(self._engines.for_width(1))
 
     @property
@@ -251,7 +257,7 @@ class Encoder:
         """Fill work.vectors[rows]. Returns the rows of each batch whose vector is invalid, and the padded tokens."""
         window, done, has_room = work.window, work.done, work.limits.has_room
         max_rows = min(filter(None, (self.config.batch_size, work.limits.max_rows)), default=0)
-        batches = pack(window.n_tokens, rows, lambda: engine.token_budget, max_rows, engine.multiple)
+        batches = pack(window.n_tokens, rows, engine.rows_of, max_rows, engine.multiple)
         halves: list[np.ndarray] = []  # of batches that did not fit in memory
         invalid: list[np.ndarray] = []
         padded_tokens = 0

@@ -1,4 +1,5 @@
-"""Which engine computes the vectors: OpenVINO on a CPU where it gives torch's vectors, otherwise torch.
+"""Which engine computes the vectors: OpenVINO on a CPU, and on a GPU torch without padding, where they give the
+vectors of torch with padding; otherwise that.
 
 The choice depends on the model, the kind of CPU and the first texts of the input, and never on which rows an earlier
 attempt has finished: a job that was stopped ends with the bytes of one that was not.
@@ -18,6 +19,7 @@ from embed.model.forward import Engine, InFlight, is_out_of_memory
 from embed.model.openvino import EngineError, NotConvertible, OpenVinoEngine, has_bfloat16, is_installed
 from embed.model.samples import WIDTHS
 from embed.model.tokens import Features
+from embed.model.varlen import NotVarlen, VarlenEngine, attention_here
 from estiba.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -26,6 +28,8 @@ LEAST_COSINE = {"float32": 0.9999, "bfloat16": 0.9999, "int8": 0.95}
 MOST_OFF_LENGTH = {"float32": 0.01, "bfloat16": 0.01, "int8": 0.2}
 """What a vector may differ from that of torch in float32, by the precision of the products: its direction, and its
 length relative to torch's. An engine that differs by more is not used."""
+LEAST_COSINE_IN_HALF = 0.999
+"""Where torch itself computes in half precision: two orders of the same sums differ by about this."""
 
 
 class Engines:
@@ -63,7 +67,7 @@ class Engines:
             self._precisions.insert(0, "bfloat16")
         if config.dtype == "int8":
             self._precisions.insert(0, "int8")
-        self._use(self._agreeing(self._precisions, samples))
+        self._use(self._without_padding(samples) or self._agreeing(self._precisions, samples))
 
     def _use(self, engine: Engine) -> None:
         self._best = engine
@@ -105,6 +109,21 @@ class Engines:
             return
         logger.info("continuing with %s in %s, as the saved rows", self._best.version, self._best.precision)
 
+    def _without_padding(self, batches: list[Features]) -> Engine | None:
+        """Torch over rows without padding, if this GPU and the model can do that and the vectors are the same."""
+        attention = attention_here(self.reference.device, self.reference.dtype)
+        if self._config.engine != "auto" or attention is None or not batches:
+            return None
+        try:
+            engine = VarlenEngine(self.reference, *attention)
+            return engine if self._agrees(engine, batches) else None
+        except NotVarlen as error:
+            reason = str(error)
+        except Exception as error:  # of kernels that do not know this GPU, or of a model's own code
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        logger.info("rows are padded on %s: %s", self.reference.device, reason)
+        return None
+
     def _agreeing(self, precisions: Iterable[str], batches: list[Features]) -> Engine:
         """The first OpenVINO engine that agrees with torch on the batches; otherwise torch.
 
@@ -145,14 +164,15 @@ class Engines:
             if not is_out_of_memory(error):
                 raise
             return False  # torch makes batches smaller and names the row that does not fit
-        least = LEAST_COSINE[engine.precision]
+        is_half = self.reference.dtype != torch.float32
+        least = LEAST_COSINE_IN_HALF if is_half else LEAST_COSINE[engine.precision]
         if lowest >= least:
             return True
         # That a model needs more than bfloat16 is no fault.
         logger.log(
             logging.INFO if engine.precision == "bfloat16" else logging.WARNING,
-            "%s in %s gives other vectors than torch in float32 (lowest cosine %.6f, and at least %s is needed); it is "
-            "not used", engine.version, engine.precision, lowest, least,
+            "%s in %s gives other vectors than torch in %s (lowest cosine %.6f, and at least %s is needed); it is "
+            "not used", engine.version, engine.precision, self.reference.precision, lowest, least,
         )  # fmt: skip
         return False
 
@@ -183,7 +203,7 @@ def _lowest_cosine(engine: Engine, reference: Engine, batch: Features) -> float:
     with np.errstate(all="ignore"):
         actual, expected = np.linalg.norm(actual_BD, axis=1), np.linalg.norm(expected_BD, axis=1)
         cosines = (actual_BD * expected_BD).sum(axis=1) / (actual * expected)
-        cosines[np.abs(actual / expected - 1) > MOST_OFF_LENGTH[engine.precision]] = -1
+        cosines[np.abs(actual / expected - 1) > MOST_OFF_LENGTH.get(engine.precision, 0.01)] = -1
     return float(np.nan_to_num(cosines, nan=-1.0).min(initial=1.0))
 
 

@@ -9,7 +9,7 @@ import contextlib
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from sentence_transformers import SentenceTransformer
 from embed.model.heads import BatchTokens, Heads
 from embed.model.tokens import TASK, Features
 from estiba.errors import ConfigError
+
+if TYPE_CHECKING:
+    from embed.model.memory import MemoryModel
 
 TRIM_BELOW = 0.1
 UNIT_NORM_TOLERANCE = 1e-4
@@ -81,6 +84,8 @@ class Engine:
         self.device = device
         self.dtype = dtype
         self.token_budget = token_budget
+        self.memory: MemoryModel | None = None
+        """What a batch takes on a GPU, once that is measured."""
         self.multiple = (
             8 if device.type == "cuda" and dtype != torch.float32 else 1
         )  # tensor cores work in multiples of eight
@@ -99,12 +104,16 @@ class Engine:
         """Whether a row that overflows would overflow in float32 too."""
         return self.dtype == torch.float32
 
+    def rows_of(self, width: int) -> int:
+        """How many rows of `width` tokens a batch may have."""
+        rows = self.token_budget // max(1, width)
+        return max(1, rows if self.memory is None else min(rows, self.memory.rows_of(width)))
+
     def launch(self, features: Features, rows: np.ndarray) -> InFlight:
         """Start one batch. On CUDA this returns before the vectors are computed. Raises torch.OutOfMemoryError."""
         tokens = padded_tokens(features)
-        on_device = {key: self._to_device(value) for key, value in features.items()}
         with torch.inference_mode():
-            output = self.forward(on_device)
+            output = self.forward(self.to_device(features))
             vectors_BD = self.finished(output["sentence_embedding"])
             by_token = self.heads.of_batch(output, features, normalize=self.normalize)
             copied = None
@@ -134,7 +143,11 @@ class Engine:
             )
         return output  # type: ignore[no-any-return]
 
-    def _to_device(self, value: Any) -> Any:
+    def to_device(self, features: Features) -> Features:
+        """The features as `forward` takes them."""
+        return {key: self._on_device(value) for key, value in features.items()}
+
+    def _on_device(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or self.device.type == "cpu":
             return value
         if self.device.type == "cuda":

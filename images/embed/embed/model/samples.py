@@ -34,7 +34,9 @@ def batches(tokens: Tokens, known_ids: int | None, first_texts: Sequence[str], t
     found.append(tokens.features(window, np.arange(len(WIDTHS)), 1))
     window = read_window(tokens, first_texts[:COMPARED_TEXTS], known_ids)
     rows = np.flatnonzero((window.status == Status.OK) & (window.n_tokens <= max(WIDTHS)))
-    return found + [tokens.features(window, batch, 1) for batch in pack(window.n_tokens, rows, lambda: token_budget)]
+    return found + [
+        tokens.features(window, batch, 1) for batch in pack(window.n_tokens, rows, lambda width: token_budget // width)
+    ]
 
 
 def calibration(tokens: Tokens, known_ids: int | None, first_texts: Sequence[str]) -> list[Features]:
@@ -48,12 +50,15 @@ def calibration(tokens: Tokens, known_ids: int | None, first_texts: Sequence[str
     rows_ids = np.split(window.ids, window.starts[1:-1])
     window = _window([ids[: max(WIDTHS)] for ids in rows_ids if len(ids)])
     rows = np.arange(len(window.n_tokens))
-    return [tokens.features(window, batch, 1) for batch in pack(window.n_tokens, rows, lambda: CALIBRATION_TOKENS)]
+    return [
+        tokens.features(window, batch, 1)
+        for batch in pack(window.n_tokens, rows, lambda width: CALIBRATION_TOKENS // width)
+    ]
 
 
-def row_of_width(tokens: Tokens, width: int) -> Features:
-    """A batch of one row with `width` tokens, or as many as the model reads."""
-    return tokens.features(_of_widths(tokens, [width]), np.arange(1), 1)
+def rows_of_width(tokens: Tokens, width: int, rows: int = 1) -> Features:
+    """A batch of rows with `width` tokens each, or as many as the model reads."""
+    return tokens.features(_of_widths(tokens, [width]), np.zeros(rows, np.int64), 1)
 
 
 def _of_widths(tokens: Tokens, widths: Sequence[int]) -> Window:

@@ -106,7 +106,9 @@ def choose_columns(where: str, columns: Mapping[str, Sequence[str]], settings: D
         memorisation=memorisation,
         constant=constant,
         ignored=[name for name in useful if name not in keys and name not in targets],
-        decided_by={name: by for name, by in decided.items() if name in targets},
+        decided_by={
+            name: key for name, by in decided.items() if name in targets and (key := _stated(by, name, keys, found))
+        },
         predictability={name: round(value, 4) for name, value in predictability.items()},
         warnings=warnings,
     )
@@ -143,6 +145,14 @@ def _decider(
     deciders = [other for other in found.deciders(name) if classes[other] == other and other != name]
     roots = [other for other in deciders if not set(found.deciders(other)) - {o for o in useful if classes[o] == other}]
     return min(roots or deciders, key=lambda other: (profiles[other].distinct, useful.index(other)), default=None)
+
+
+def _stated(decider: str, name: str, keys: Sequence[str], found: Dependencies) -> str | None:
+    """The key that decides a column: its decider, or another that does as well where keys were given."""
+    if decider in keys:
+        return decider
+    deciders = [key for key in found.deciders(name) if key in keys]
+    return found.best(name, deciders)[0] if deciders else None
 
 
 def _is_memorisation(column: ColumnProfile, name: str, found: Dependencies) -> bool:
