@@ -28,7 +28,7 @@ from typing import Any
 
 from document import goal, hardware, publish
 from embedders import corpus, jobs, summary
-from embedders.environments import NotInstalled
+from embedders.environments import NotInstalled, python_of_image
 from embedders.peers import DEFAULT, NOT_TO_BE_HAD, PEERS, REFERENCE, Peer, matrices
 from embedders.turns import Worker, WorkerFailed, take_turns
 
@@ -154,15 +154,16 @@ def main() -> int:
         for worker in workers:
             worker.stop()
     workers = [worker for worker in workers if worker.peer.name not in failed]
+    python = python_of_image(install=not options.tiny)
     found = {
         "corpus": made.lengths,
         "threads": options.threads,
         "peers": summary.figures(workers, made),
         "without": missing | failed,
         "shares": summary.shares(workers, made),
-        "whole_jobs": jobs.whole_jobs(place, made, model, options.threads),
-        "first_batch": jobs.first_batch(place, made, model, options.threads, 1 if options.tiny else 3),
-        "memory": jobs.memory(place, documents, model, options.threads, options.memory_rows),
+        "whole_jobs": jobs.whole_jobs(python, place, made, model, options.threads),
+        "first_batch": jobs.first_batch(python, place, made, model, options.threads, 1 if options.tiny else 3),
+        "memory": jobs.memory(python, place, documents, model, options.threads, options.memory_rows),
     }
     show(found)
     publish("embed_peers", found, goals_of(found), conditions=f"{options.threads} threads", path=options.results)

@@ -1,4 +1,4 @@
-"""The peers' own Python environments, in .build/peers, each from its lock."""
+"""Python environments in .build/peers: the peers' own, each from its lock, and one with what the image has."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LOCKS = Path(__file__).parent / "locks"
 TORCH = ROOT / "images/base/torch.txt"
 WITHOUT_TORCH = {"fastembed"}
+IMAGE = "embed"
+"""With the libraries of the image and no others: transformers imports peft and bitsandbytes wherever they are."""
 
 
 class NotInstalled(Exception):
@@ -21,7 +23,8 @@ def python_of(name: str, *, install: bool) -> Path:
     """The environment's Python; `install` makes it if it is missing or older than its lock. Raises NotInstalled."""
     if name == "bench":
         return Path(sys.executable)
-    folder, lock = ROOT / ".build/peers" / name, LOCKS / f"{name}.txt"
+    folder = ROOT / ".build/peers" / name
+    lock = ROOT / "images/embed/requirements.txt" if name == IMAGE else LOCKS / f"{name}.txt"
     stamp = folder / "made-of"
     lists = [lock] if name in WITHOUT_TORCH else [TORCH, lock]
     made_of = hashlib.sha256(b"".join(path.read_bytes() for path in lists)).hexdigest()
@@ -48,6 +51,16 @@ def python_of(name: str, *, install: bool) -> Path:
         )
     stamp.write_text(made_of)
     return python
+
+
+def python_of_image(*, install: bool) -> Path:
+    """The Python with the image's libraries, or this one if those are not to be installed."""
+    try:
+        return python_of(IMAGE, install=install)
+    except NotInstalled:
+        if install:
+            raise
+        return Path(sys.executable)
 
 
 def _run(command: list[str]) -> None:
