@@ -22,7 +22,7 @@ import xxhash
 from embed.artifacts import stale
 from embed.artifacts.metrics import metrics_writer, write_last
 from embed.artifacts.old_outputs import OldOutputs, find_old_outputs
-from embed.artifacts.other_hosts import check_listings, listing_of, write_results
+from embed.artifacts.other_hosts import files_in_no_part, forget_own_results, listing_of, write_results
 from embed.artifacts.outputs import added_columns, kept_columns, why_not_named, why_not_writable
 from embed.artifacts.results import results_of
 from embed.artifacts.stale import OldOutput
@@ -68,6 +68,7 @@ def embed(config: EmbedConfig, job: Job, stop: Stop) -> None:
     if not config.no_checkpoint:
         check_writable(open_store(config.checkpoint_path), CHECKPOINT_FLAG)
     found = stop.unless_stopped(lambda: list_input(config, job, target), NOTHING_COMPUTED)
+    stop.unless_stopped(lambda: forget_own_results(target, job), NOTHING_COMPUTED)
     old_run = stop.unless_stopped(lambda: find_old_outputs(config), NOTHING_COMPUTED)
     from embed.pool import start_pool  # imports torch, which takes seconds; mistakes above are reported at once
 
@@ -118,9 +119,12 @@ def embed(config: EmbedConfig, job: Job, stop: Stop) -> None:
     write_results(target, job, results)
     stale.handle(target, old, config.stale_outputs)
     logger.info(results["summary"])
-    if found.paths is not None and job.host_count > 1:
-        check_listings(target, job, results, found.paths)
-    report_bad(state, config)
+    left_out = None
+    if found.listing is not None and job.host_count > 1:
+        left_out = files_in_no_part(target, job, results, config.input_path)
+    if left_out is not None:
+        write_results(target, job, results | {"status": "failed"})
+    report_failures(state, config, left_out)
 
 
 # --- before --------------------------------------------------------------------------------------------------------
@@ -366,8 +370,11 @@ def compute(
 # --- after ---------------------------------------------------------------------------------------------------------
 
 
-def report_bad(state: JobState, config: EmbedConfig) -> None:
-    """Raise DataError if there were bad files or rows, after everything else is done; or warn, if they are skipped."""
+def report_failures(state: JobState, config: EmbedConfig, left_out: str | None = None) -> None:
+    """Raise DataError after everything else is done, if there were bad files or rows that are not to be skipped.
+
+    `left_out` says which files no host has in its part.
+    """
     problems = []
     if state.bad:
         names = "; ".join(f"{item.path}: {item.reason}" for item in state.bad[:20])
@@ -381,7 +388,8 @@ def report_bad(state: JobState, config: EmbedConfig) -> None:
         text = f"rows with tokens that the model's embedding table lacks got no vector: {names}{more}"
         remedy = "All other rows are complete; use a model with its own tokenizer, or pass --on-bad-row skip"
         problems.append((text, remedy, config.on_bad_row))
-    failures = [f"{text}. {remedy}" for text, remedy, policy in problems if policy == "fail"]
+    failures = [left_out] if left_out is not None else []
+    failures += [f"{text}. {remedy}" for text, remedy, policy in problems if policy == "fail"]
     for text, _, policy in problems:
         if policy == "skip":
             logger.warning(text)

@@ -185,13 +185,14 @@ class MultiProcess:
 def _common(models: Sequence[ModelInfo]) -> tuple[ModelInfo, dict[str, Any] | None]:
     """The model of all workers, and torch as their engine if they did not all choose the same one.
 
-    OpenVINO needs memory, which may have been left to some of them only. Which worker computes a row depends on time,
-    and its vector must not.
+    An engine needs memory, which may have been left to some of them only, or GPUs differ. Which worker computes a row
+    depends on time, and its vector must not.
     """
     if len({model.engine for model in models}) == 1:
         return models[0], None
     engine, dtype = f"torch {torch.__version__}", models[0].dtype
-    logger.warning(f"not every worker can use OpenVINO; {engine} computes in all of them")
+    chosen = ", ".join(sorted({model.engine for model in models}))
+    logger.warning(f"not every worker can use the same engine ({chosen}); {engine} computes in all of them")
     return replace(models[0], engine=f"{engine}, {dtype}"), {"engine": engine, "dtype": dtype}
 
 

@@ -102,6 +102,22 @@ def test_the_outputs_of_every_token_are_those_of_padded_rows(texts, tmp_path, mo
     assert np.allclose(found.vectors, expected.vectors, atol=2e-6, rtol=1e-4)
 
 
+def test_the_padding_token_inside_a_text_has_the_position_that_the_model_gives_it(tmp_path, monkeypatch):
+    """RoBERTa does not count it."""
+    model = bge_m3.build(tmp_path / "bge")
+    texts = ["hola <pad> mundo <pad> a b c", "<pad>", "<pad> <pad> a", "a b c d e f g h"]
+    varlen, padded = encoder(model, monkeypatch, by_rows), encoder(model, monkeypatch)
+    found, expected = (each.encode(each.tokenize(texts)) for each in (varlen, padded))
+    assert 1 in varlen.tokenize(texts).ids  # the id of <pad>
+    assert np.allclose(found.vectors, expected.vectors, atol=2e-6, rtol=1e-4)
+
+
+def test_padding_that_is_not_computed_is_not_counted(texts, tiny_model, monkeypatch):
+    varlen, padded = encoder(tiny_model, monkeypatch, by_rows), encoder(tiny_model, monkeypatch)
+    found, expected = (each.encode(each.tokenize(texts)) for each in (varlen, padded))
+    assert found.padded_tokens == found.n_tokens[found.origin == 0].sum() < expected.padded_tokens
+
+
 def test_kernels_with_other_vectors_are_not_used_and_that_is_told(texts, minilm, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     found, padded = encoder(minilm, monkeypatch, across_rows), encoder(minilm, monkeypatch)

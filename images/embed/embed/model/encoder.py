@@ -114,7 +114,7 @@ class Encoder:
             config,
             self._engine,
             compared,
-            lambda width: samples.rows_of_width(tokens, width),
+            lambda width: samples.row_of_width(tokens, width),
             digest,
             why_not,
             calibration,
@@ -122,7 +122,10 @@ class Encoder:
         if isinstance(tokens, FastTokens):
             for engine in {self._engines.best, self._engines.reference}:
                 engine.memory = measured(
-                    engine, lambda rows, width: samples.rows_of_width(tokens, width, rows), self.max_length
+                    engine,
+                    lambda rows, width: samples.rows_of_width(tokens, width, rows),
+                    self.max_length,
+                    workers=config.workers,
                 )
         self._use(self._engines.for_width(1))
 

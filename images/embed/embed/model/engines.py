@@ -111,10 +111,12 @@ class Engines:
 
     def _without_padding(self, batches: list[Features]) -> Engine | None:
         """Torch over rows without padding, if this GPU and the model can do that and the vectors are the same."""
-        attention = attention_here(self.reference.device, self.reference.dtype)
-        if self._config.engine != "auto" or attention is None or not batches:
+        if self._config.engine != "auto" or not batches:
             return None
         try:
+            attention = attention_here(self.reference.device, self.reference.dtype)
+            if attention is None:
+                return None
             engine = VarlenEngine(self.reference, *attention)
             return engine if self._agrees(engine, batches) else None
         except NotVarlen as error:
@@ -163,6 +165,8 @@ class Engines:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
+            logger.info("%s is not used: its comparison with torch does not fit in memory", engine.version)
+            engine.free()
             return False  # torch makes batches smaller and names the row that does not fit
         is_half = self.reference.dtype != torch.float32
         least = LEAST_COSINE_IN_HALF if is_half else LEAST_COSINE[engine.precision]

@@ -111,7 +111,7 @@ class Engine:
 
     def launch(self, features: Features, rows: np.ndarray) -> InFlight:
         """Start one batch. On CUDA this returns before the vectors are computed. Raises torch.OutOfMemoryError."""
-        tokens = padded_tokens(features)
+        tokens = self.computed_tokens(features)
         with torch.inference_mode():
             output = self.forward(self.to_device(features))
             vectors_BD = self.finished(output["sentence_embedding"])
@@ -142,6 +142,10 @@ class Engine:
                 "SentenceTransformer model, whose modules end with a pooling"
             )
         return output  # type: ignore[no-any-return]
+
+    def computed_tokens(self, features: Features) -> int:
+        """The tokens that the layers compute, those of the padding among them."""
+        return padded_tokens(features)
 
     def to_device(self, features: Features) -> Features:
         """The features as `forward` takes them."""

@@ -6,6 +6,7 @@ attention or a mask are in memory: a*B*T + b*B*T*T for B rows of T tokens. Flash
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -48,11 +49,13 @@ def fitted(peak_bytes: Callable[[int, int], int], room_bytes: float, longest: in
     return MemoryModel(bytes_per_token=per_token, bytes_per_pair=per_pair, room_bytes=room_bytes)
 
 
-def measured(engine: Engine, batch_of: Callable[[int, int], Features], longest: int) -> MemoryModel | None:
+def measured(
+    engine: Engine, batch_of: Callable[[int, int], Features], longest: int, *, workers: int
+) -> MemoryModel | None:
     """That of an engine on a GPU; None elsewhere, and where not even these batches fit, which are then halved.
 
-    `batch_of` makes a batch of so many rows of so many tokens. The same kind of GPU gives the same model: what counts
-    is all of its memory, and not what others leave of it.
+    `batch_of` makes a batch of so many rows of so many tokens; all `workers` share the GPUs evenly. The same kind of
+    GPU gives the same model: what counts is all of its memory, and not what others leave of it.
     """
     if engine.device.type != "cuda":
         return None
@@ -67,7 +70,8 @@ def measured(engine: Engine, batch_of: Callable[[int, int], Features], longest: 
         return torch.cuda.max_memory_allocated(device) - before
 
     total = torch.cuda.get_device_properties(device).total_memory
-    room = USED_SHARE * (total - torch.cuda.memory_allocated(device))
+    sharing = max(1, math.ceil(workers / torch.cuda.device_count()))
+    room = USED_SHARE * (total / sharing - torch.cuda.memory_allocated(device))
     try:
         return fitted(peak_bytes, room, longest)
     except RuntimeError as error:

@@ -56,9 +56,16 @@ def calibration(tokens: Tokens, known_ids: int | None, first_texts: Sequence[str
     ]
 
 
-def rows_of_width(tokens: Tokens, width: int, rows: int = 1) -> Features:
-    """A batch of rows with `width` tokens each, or as many as the model reads."""
-    return tokens.features(_of_widths(tokens, [width]), np.zeros(rows, np.int64), 1)
+def row_of_width(tokens: Tokens, width: int) -> Features:
+    """A batch of one row with `width` tokens, or as many as the model reads."""
+    return tokens.features(_of_widths(tokens, [width]), np.arange(1), 1)
+
+
+def rows_of_width(tokens: Tokens, width: int, rows: int) -> Features:
+    """As many rows of `width` tokens, but for one that is shorter by one: without padding there would be no mask."""
+    numbers = np.zeros(rows, np.int64)
+    numbers[1:2] = 1
+    return tokens.features(_of_widths(tokens, [width, max(1, width - 1)]), numbers, 1)
 
 
 def _of_widths(tokens: Tokens, widths: Sequence[int]) -> Window:

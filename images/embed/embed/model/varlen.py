@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -84,7 +85,8 @@ class VarlenEngine(Engine):
         self.multiple = 1
         self.version = f"{self.kind} {torch.__version__} ({name})"
         self._reader = _reader_of(self.model)
-        self._first_position = _first_position(self._reader)
+        self._padding_id = _padding_id(self._reader)
+        self._no_mask = NO_MASK.to(self.device, self.dtype)  # here, since the copy waits for the device
 
     def to_device(self, features: Features) -> Features:
         """The rows one after another, without padding. `features` lie in host memory, where a length costs no wait."""
@@ -93,18 +95,21 @@ class VarlenEngine(Engine):
         starts = torch.zeros(len(lengths_B) + 1, dtype=torch.int32)
         torch.cumsum(lengths_B, dim=0, out=starts[1:])
         at_N = padded_BT.reshape(-1).nonzero()[:, 0]
-        positions_N = torch.arange(len(at_N)) - starts[:-1].repeat_interleave(lengths_B) + self._first_position
         flat = {name: features[name].reshape(-1)[at_N][None] for name in BY_TOKEN if name in features}
+        positions_N = _positions(flat["input_ids"][0], starts, lengths_B, self._padding_id)
         flat |= {"position_ids": positions_N[None], "starts": starts, "at": at_N, "padded": padded_BT}
         rest = {name: value for name, value in features.items() if name not in (*BY_TOKEN, "attention_mask")}
         on_device = {name: self._on_device(value) for name, value in {**rest, **flat}.items()}
         return on_device | {"longest": int(lengths_B.max())}
 
+    def computed_tokens(self, features: Features) -> int:
+        return int(features["attention_mask"].sum())
+
     def forward(self, features: Features) -> Features:
         features = dict(features)
         starts, at_N, padded_BT, longest = (features.pop(name) for name in ("starts", "at", "padded", "longest"))
         with _attending(self._reader, Rows(starts=starts, longest=longest, attention=self.attention)):
-            output = self._reader({**features, "attention_mask": NO_MASK.to(self.device, self.dtype)})
+            output = self._reader({**features, "attention_mask": self._no_mask})
         if "all_layer_embeddings" in output:
             raise NotVarlen("a module reads the states of all layers")
         hidden_ND = output["token_embeddings"][0]
@@ -141,8 +146,10 @@ def _by_torch(varlen_attn: Callable[..., torch.Tensor]) -> Attention:
         scale: float | None,
         is_causal: bool,
     ) -> torch.Tensor:
-        # torch 2.10 has `is_causal`, later ones `window_size`: what is as usual is not said.
-        causal = {"window_size": (-1, 0)} if is_causal else {}
+        causal: dict[str, Any] = {}
+        if is_causal:  # torch 2.10 has the one argument, later ones have the other
+            has_window = "window_size" in inspect.signature(varlen_attn).parameters
+            causal = {"window_size": (-1, 0)} if has_window else {"is_causal": True}
         usual = scale is None or abs(scale * query.shape[-1] ** 0.5 - 1) < 1e-6
         scaled = {} if usual else {"scale": scale}
         return varlen_attn(query, key, value, starts, starts, longest, longest, **scaled, **causal)
@@ -229,10 +236,20 @@ def _reader_of(model: SentenceTransformer) -> Transformer:
     return reader
 
 
-def _first_position(reader: Transformer) -> int:
-    """The number of a row's first position: RoBERTa and its kin count from the one behind the padding's."""
+def _padding_id(reader: Transformer) -> int | None:
+    """The padding's id where positions are counted from it, as RoBERTa and its kin do."""
     for module in reader.model.modules():
         padding = getattr(module, "padding_idx", None)
         if isinstance(padding, int) and isinstance(getattr(module, "position_embeddings", None), torch.nn.Embedding):
-            return padding + 1
-    return 0
+            return padding
+    return None
+
+
+def _positions(
+    ids_N: torch.Tensor, starts: torch.Tensor, lengths_B: torch.Tensor, padding_id: int | None
+) -> torch.Tensor:
+    """int64[N], counted in each row. With a `padding_id` such a token in a text is not counted and has its position."""
+    counted_N = torch.ones_like(ids_N) if padding_id is None else (ids_N != padding_id).long()
+    before_N = torch.cumsum(counted_N, dim=0) - counted_N
+    in_row_N = before_N - before_N[starts[:-1].long()].repeat_interleave(lengths_B)
+    return in_row_N if padding_id is None else (in_row_N + 1) * counted_N + padding_id
