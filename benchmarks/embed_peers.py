@@ -125,8 +125,8 @@ def show(found: dict[str, Any]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=4000)
-    parser.add_argument("--files", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--files", type=int, default=4)
     parser.add_argument("--turn-tokens", type=int, default=24_000, help="in a turn of a peer (default 24000)")
     parser.add_argument("--max-length", type=int, default=512, help="tokens read of a text (default 512)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every peer (default: the cores)")

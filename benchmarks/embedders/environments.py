@@ -23,10 +23,11 @@ def python_of(name: str, *, install: bool) -> Path:
     """The environment's Python; `install` makes it if it is missing or older than its lock. Raises NotInstalled."""
     if name == "bench":
         return Path(sys.executable)
-    folder = ROOT / ".build/peers" / name
-    lock = ROOT / "images/embed/requirements.txt" if name == IMAGE else LOCKS / f"{name}.txt"
+    folder, lock = ROOT / ".build/peers" / name, LOCKS / f"{name}.txt"
     stamp = folder / "made-of"
     lists = [lock] if name in WITHOUT_TORCH else [TORCH, lock]
+    if name == IMAGE:
+        lists.append(ROOT / "images/embed/requirements.txt")
     made_of = hashlib.sha256(b"".join(path.read_bytes() for path in lists)).hexdigest()
     python = folder / "bin/python"
     if stamp.is_file() and stamp.read_text() == made_of:
