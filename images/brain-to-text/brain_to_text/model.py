@@ -113,7 +113,12 @@ class GRUDecoder(nn.Module):
             patches_NBCP = x_BTC.transpose(0, 1).unfold(0, self.shape.patch_size, self.shape.patch_stride)
             x_BTC = patches_NBCP.transpose(2, 3).flatten(2).transpose(0, 1)  # [B, N, P * C], bin after bin
         states = self.h0.expand(self.shape.n_layers * self.directions, x_BTC.shape[0], -1).contiguous()
-        output_BNH, _ = self.gru(x_BTC, states)
+        if x_BTC.is_cuda and torch.get_autocast_dtype("cuda") == torch.bfloat16:
+            # cuDNN would compute in float16, in which small gradients are lost without a scaled loss.
+            with torch.autocast("cuda", enabled=False):
+                output_BNH, _ = self.gru(x_BTC.float(), states.float())
+        else:
+            output_BNH, _ = self.gru(x_BTC, states)
         logits: Tensor = self.out(output_BNH)
         return logits
 

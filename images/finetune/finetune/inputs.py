@@ -58,7 +58,10 @@ def read_inputs(run: Run[FinetuneConfig]) -> Inputs:
     config, stop = run.config, run.stop
     location = config.data_location()
     channel = run.job.channel_of(location)
-    base = stop.unless_stopped(lambda: find_base(config.base_model, root_of() / "input/data/model"), NOTHING_TRAINED)
+    with run.dist.main_first():  # which may download it, and the others then find it
+        base = stop.unless_stopped(
+            lambda: find_base(config.base_model, root_of() / "input/data/model"), NOTHING_TRAINED
+        )
     dataset = stop.unless_stopped(
         lambda: load(location, config, content_type=channel.content_type if channel else None), NOTHING_TRAINED
     )

@@ -42,16 +42,21 @@ def setup(run: Run[FinetuneConfig]) -> TrainingSetup[FinetuneTask]:
     model = run.stop.unless_stopped(lambda: _trained_model(inputs, config, device, amp), NOTHING_TRAINED)
     task = FinetuneTask(config, model, inputs, device=device, dist=run.dist)
     task.use_varlen = choose_attention(model, inputs.training.examples, amp, device)
-    seconds_per_token = check_gradients(model, inputs.training.examples, amp, device)
+    seconds_per_token = check_gradients(model, inputs.training.examples, amp, device, use_varlen=task.use_varlen)
     schedule = _schedule(config, len(inputs.training.examples), task.records_per_step)
     if run.dist.is_main:
         introduce(inputs, config, model, schedule, seconds_per_token, run.job.instance_type)
     restored = run.restore()
     if restored is None and run.dist.is_main:
         questions = held_out_questions(inputs.dataset.validation, inputs.encoder, config.answer_questions)
+
+        def held_out_losses() -> dict[str, float]:
+            with amp.forward():  # here, since autocast is a thread's own
+                return task.held_out_losses(model)
+
         task.before = run.stop.unless_stopped(lambda: answer(model, inputs.encoder, questions), NOTHING_TRAINED)
-        with amp.forward():
-            task.losses_before = run.stop.unless_stopped(lambda: task.held_out_losses(model), NOTHING_TRAINED)
+        task.losses_before = run.stop.unless_stopped(held_out_losses, NOTHING_TRAINED)
+    run.dist.barrier()  # its group waits for days; that of the first collective on GPUs for half an hour
     evaluate_every = config.eval_steps or max(1, schedule.steps // 4)
     trainer = config.trainer_config(
         schedule=schedule,

@@ -9,6 +9,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from estiba.errors import ConfigError
 from estiba.log import get_logger
 from estiba.paths import writable
@@ -51,6 +53,10 @@ def _setup(run: Run[MultinodeConfig], base: BaseModel) -> TrainingSetup[CausalTa
     length = _sequence_length(config, base.config)
     training, validation = stop.unless_stopped(lambda: _read_data(run, base, length), NOTHING_TRAINED)
     amp = AmpContext(config.precision, device)
+    if amp.dtype == torch.float16:  # what `auto` is on a GPU without bfloat16; its scaler is not for shards
+        logger.info("this GPU lacks bfloat16; training in float32")
+        config = config.model_copy(update={"precision": "float32"})
+        amp = AmpContext(config.precision, device)
     mesh = device_mesh(run.dist, device, replicas=config.replicas)
     model = stop.unless_stopped(lambda: load_sharded(base, mesh, device, amp.dtype), NOTHING_TRAINED)
     if needs_checkpointing(config, model, mesh, device, length):

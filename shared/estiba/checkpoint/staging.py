@@ -71,6 +71,9 @@ class StagingBuffer:
         with contextlib.suppress(RuntimeError):
             if int(torch.cuda.cudart().cudaHostRegister(address, self.size_bytes, 0)) == 0:
                 self._pinned_at = address
+                return
+        with contextlib.suppress(RuntimeError):  # CUDA keeps the error for the next kernel, which is this one
+            torch.zeros(1, device="cuda")
 
     def _unpin(self) -> None:
         if self._pinned_at is not None:

@@ -52,6 +52,8 @@ class Stop:
         self._max_runtime_s = max_runtime_s
         self._runtime_end = None if max_runtime_s is None else time.monotonic() + max_runtime_s
         self._spot_notice = spot_notice
+        self.on_thread_start: Callable[[], None] = lambda: None
+        """Called in the thread of each action, such as to choose its GPU."""
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Stop:
@@ -108,6 +110,7 @@ class Stop:
 
         def run() -> None:
             try:
+                self.on_thread_start()
                 future.set_result(action())
             except BaseException as error:
                 future.set_exception(error)

@@ -100,6 +100,10 @@ def run(config_class: type[C], job_function: Callable[[C, Job, Stop], None], *, 
         logger.error(text)
         _end(failure_path, text, 1)
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+            text = f"out of GPU memory ({' '.join(str(error).split())[:300]}); lower --batch-size, or take a larger GPU"
+            logger.error(text)
+            _end(failure_path, text, 1)
         traceback.print_exc()
         _end(failure_path, f"{type(error).__name__}: {error}\n\n{traceback.format_exc()}", 1)
     _end(None, "", 0)

@@ -104,7 +104,11 @@ def fit(
             f"{job.host_count} hosts: this image trains on the GPUs of one host; set InstanceCount to 1 and take a "
             "larger instance"
         )
+    if config.deterministic:  # read once, at the first product on a GPU
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = device or select_device(config.device)
+    if device.type == "cuda":
+        stop.on_thread_start = lambda: torch.cuda.set_device(device)  # a new thread's is 0
     dist = DistContext.init(device.type)
     folder, upload = checkpoint_locations(config.checkpoint_path, config.checkpoint_upload)
     if dist.is_main and upload == config.checkpoint_path:
@@ -173,16 +177,37 @@ def _trainer(run: Run[C], prepared: TrainingSetup[T]) -> Trainer:
     trainer.resume(prepared.restored)
     if prepared.on_resumed is not None:
         prepared.on_resumed()
+    if prepared.restored is not None:
+        prepared.restored.state.clear()  # the model and the optimizer have their own by now
     return trainer
 
 
 def select_device(name: str | None) -> torch.device:
-    """Return the named device, or this rank's GPU, or the CPU. Raises ConfigError for a device that is absent."""
-    if name is None:
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    """Return the named device, or this rank's GPU, or the CPU, and make a GPU this thread's current one.
+
+    Raises ConfigError for a device that is absent, and for a GPU whose driver is too old for this torch.
+    """
+    count = torch.cuda.device_count()
+    if name is None and count and not torch.cuda.is_available():
+        raise ConfigError(
+            f"{count} GPUs are here and CUDA {torch.version.cuda} cannot use them; update the driver, or give --device "
+            "cpu to train without them"
+        )
     try:
-        device = torch.device(name)
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name}: {first_line(error)}; leave it out, or give cpu") from None
+    if device.type == "cuda" and count:
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        if ranks > 1 and device.index is not None:
+            raise ConfigError(f"--device {name} is one GPU, and {ranks} processes need one each; give cuda")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index)
+        if device.index is not None and device.index >= count:
+            raise ConfigError(
+                f"{device} is not here, which has {count} GPUs; lower --processes, or name another device"
+            )
+        torch.cuda.set_device(device)
+    try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {name}: {first_line(error)}; leave it out, or give cpu") from None

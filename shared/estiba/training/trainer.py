@@ -7,7 +7,6 @@ random state from before it; a stop inside an evaluation discards the evaluation
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -79,7 +78,6 @@ class Trainer:
         if device.type == "cpu":
             keep_freed_memory()
         if config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
 
     # --- state
@@ -127,12 +125,14 @@ class Trainer:
             rng.seed(self.config.seed + self.dist.rank + self.step * 1009)
         return rows_in(own["rows"])
 
-    def state(self) -> dict[str, Any]:
+    def state(self, *, alone: bool = False) -> dict[str, Any]:
         """Return everything that the rest of the run depends on. Ranks other than the main one return their own part.
+
+        All ranks call it together, unless `alone`: then the throughput is that of this rank.
 
         The keys are those of checkpoint format 1 (docs/decisions/0007), so checkpoints of earlier versions restore.
         """
-        own = {"random": rng.get_state(), "meter": self._meter.state_dict(self.dist)}
+        own = {"random": rng.get_state(), "meter": self._meter.state_dict(None if alone else self.dist)}
         if not self.dist.is_main and not self.task.is_sharded:
             return own
         return {**own, **self._common_state(self.task.model_state())}
@@ -382,8 +382,11 @@ class Trainer:
                         for name, (value, count) in batch.items():
                             pair = sums.setdefault(name, [0.0, 0.0])
                             pair[0], pair[1] = pair[0] + value, pair[1] + count
-                names = sorted(sums)
-                flat = self.dist.all_reduce_sum(*(float(value) for name in names for value in sums[name]))
+                # A rank may have had no batch, or records of other columns than another one.
+                names = sorted({name for part in self.dist.all_gather(sorted(sums)) for name in part})
+                flat = self.dist.all_reduce_sum(
+                    *(float(value) for name in names for value in sums.get(name, (0.0, 0.0)))
+                )
                 pairs = zip(names, flat[::2], flat[1::2], strict=True)
                 self.metrics = {name: value / count if count else float("nan") for name, value, count in pairs}
                 if self.dist.is_main:

@@ -178,6 +178,19 @@ def test_the_loss_is_a_mean_over_tokens_whatever_the_accumulation_and_the_ranks(
         assert [float(loss) for loss in losses] == pytest.approx([float(loss) for loss in found["4 x 1"]], rel=2e-3)
 
 
+def test_a_rank_without_a_held_out_record_evaluates_with_the_others(tmp_path: Path, base: Path) -> None:
+    found = []
+    for name, flags in {"one": (), "two": ("--processes", "2")}.items():
+        write_table(tmp_path / name / "input/data/training/table.csv")
+        accumulation = "1" if flags else "2"
+        flags = (*flags, "--batch-size", "4", "--gradient-accumulation-steps", accumulation, "--eval-records", "3")
+        done = run(tmp_path / name, base, *flags, "--max-steps", "2", "--eval-steps", "1", "--lora-dropout", "0")
+        assert done.returncode == 0, done.stderr
+        found.append([float(loss) for loss in re.findall(r"val_loss=(\S+)", done.stdout)])
+    assert len(found[0]) == 2
+    assert found[1] == pytest.approx(found[0], rel=2e-3)
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_interrupted_twice_it_ends_with_the_same_bits(tmp_path: Path, base: Path, method: str) -> None:
     for name in ("once", "killed"):

@@ -48,6 +48,15 @@ def divergence(expected: torch.Tensor, found: torch.Tensor) -> float:
     return float((first.exp() * (first - second)).sum(-1).mean())
 
 
+def test_four_bit_layers_without_an_adapter_are_written_in_full(tmp_path: Path) -> None:
+    model = trained(tmp_path / "base", method="qlora", lora_targets=("q_proj", "down_proj"))
+    (tmp_path / "merged").mkdir()
+    write_merged(model, tmp_path / "merged", dtype=torch.float32)
+    merged, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert divergence(logits(model), logits(merged)) <= 1e-6
+
+
 @pytest.mark.parametrize(
     "settings",
     [{}, {"rslora": True}, {"dora": True}, {"lora_alpha": 3.0}, {"lora_targets": ("q_proj", "down_proj")}],

@@ -103,7 +103,7 @@ def write_interrupt(run: Run[AuraConfig], task: PretrainingTask, trainer: Traine
     try:
         if seconds_left is not None and size_bytes / PT_BYTES_PER_S > seconds_left:
             raise StoreError(f"no time to write {size_bytes / 1e9:.1f} GB in {seconds_left:.0f} s")
-        export_pt(trainer.state(), path)
+        export_pt(trainer.state(alone=True), path)
         logger.info(f"{path}: written; resume with --resume-from {path}")
         url = run.config.output_dir
         if not isinstance(open_store(url), FileStore):

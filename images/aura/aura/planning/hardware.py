@@ -82,7 +82,10 @@ def measure(device: torch.device, *, at_least_s: float = 3.0) -> float:
     """Measure model FLOPs/s of forward and backward, on four layers of a size that suits the device."""
     if device.type == "cuda":
         config = ModelConfig(vocab_size=8192, embed_size=1536, num_layers=4, num_heads=12, seq_length=2048)
-        batch_size, dtype = 4, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        batch_size, dtype = (
+            4,
+            torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16,
+        )
     else:
         config = ModelConfig(vocab_size=8192, embed_size=256, num_layers=4, num_heads=4, seq_length=256)
         batch_size, dtype = 2, torch.float32

@@ -59,10 +59,15 @@ def write_merged(model: torch.nn.Module, folder: Path, *, dtype: torch.dtype) ->
 
 def merged_tensors(inner: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield each weight once, on the CPU, under the name it has in the base model."""
-    layers = {name: part for name, part in inner.named_modules() if isinstance(part, LoraLayer)}
+    layers: dict[str, Any] = {name: part for name, part in inner.named_modules() if isinstance(part, LoraLayer)}
+    for name, part in inner.named_modules():  # of 4 bits, and without an adapter
+        if _is_quantized(part) and not any(name.startswith(f"{layer}.") for layer in layers):
+            layers[name] = part
     for name, layer in layers.items():
-        base: Any = layer.get_base_layer()
-        yield f"{name}.weight", _merged_weight(layer, base).to(dtype).cpu().contiguous()
+        has_adapter = isinstance(layer, LoraLayer)
+        base: Any = layer.get_base_layer() if has_adapter else layer
+        merged = _merged_weight(layer, base) if has_adapter else _dequantized(base.weight)
+        yield f"{name}.weight", merged.to(dtype).cpu().contiguous()
         if getattr(base, "bias", None) is not None:
             yield f"{name}.bias", base.bias.detach().to(dtype).cpu().contiguous()
     tied = {f"{name}" for name in (inner._tied_weights_keys or {})} if inner.config.tie_word_embeddings else set()
@@ -76,18 +81,24 @@ def merged_tensors(inner: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple
 
 def _merged_weight(layer: LoraLayer, base: Any) -> torch.Tensor:
     """float32[out, in]: the base's weight and what the adapter adds."""
-    weight = base.weight
-    if hasattr(weight, "quant_state"):
-        import bitsandbytes as bnb
-
-        weight_32 = bnb.functional.dequantize_4bit(weight.data, weight.quant_state).float()
-    else:
-        weight_32 = weight.detach().float()
+    weight_32 = _dequantized(base.weight) if _is_quantized(base) else base.weight.detach().float()
     if layer.use_dora.get("default"):
         magnitude = layer.lora_magnitude_vector["default"].weight.detach().float()
         directed = weight_32 + layer.get_delta_weight("default").float()  # type: ignore[operator]
         return magnitude[:, None] * directed / directed.norm(dim=1, keepdim=True)
     return weight_32 + layer.get_delta_weight("default").float()  # type: ignore[operator]
+
+
+def _is_quantized(layer: torch.nn.Module) -> bool:
+    return hasattr(getattr(layer, "weight", None), "quant_state")
+
+
+def _dequantized(weight: Any) -> torch.Tensor:
+    """float32[out, in] of a 4-bit weight."""
+    import bitsandbytes as bnb
+
+    dequantized: torch.Tensor = bnb.functional.dequantize_4bit(weight.data, weight.quant_state).float()
+    return dequantized
 
 
 def _write_config(inner: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:

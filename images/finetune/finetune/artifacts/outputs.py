@@ -172,19 +172,23 @@ def _release(task: FinetuneTask) -> None:
 
 def _verify(task: FinetuneTask, folder: Path) -> tuple[dict[str, Any], list[Answer]]:
     """Load what was written as a user would, evaluate it on the held-out records and let it answer."""
-    packed_attention.register()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype="auto",
-            attn_implementation=packed_attention.NAME,
-            output_loading_info=True,
-            local_files_only=True,
-        )
-        model = model.to(task.device).eval()
+        return _loaded_again(task, folder)
     except torch.cuda.OutOfMemoryError:
-        logger.warning("the merged model does not fit on this GPU, so it was not loaded again")
+        logger.warning("the merged model and its held-out records do not fit on this GPU, so it was not evaluated")
         return {"loaded_again": False}, []
+
+
+def _loaded_again(task: FinetuneTask, folder: Path) -> tuple[dict[str, Any], list[Answer]]:
+    packed_attention.register()
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype="auto",
+        attn_implementation=packed_attention.NAME,
+        output_loading_info=True,
+        local_files_only=True,
+    )
+    model = model.to(task.device).eval()
     if problems := [*info["missing_keys"], *info["unexpected_keys"]]:
         raise RuntimeError(f"the merged model does not load again as it was written: {sorted(problems)[:3]}")
     loss = held_out = task.held_out_losses(model).get("val_loss")

@@ -85,8 +85,11 @@ class BaseModel:
         """
         packed_attention.register()
         options: dict[str, Any] = {"dtype": dtype or "auto", "attn_implementation": packed_attention.NAME}
+        on_gpu = device is not None and device.type == "cuda"
+        if quantization is not None or on_gpu:  # straight to the GPU: the host may have less memory
+            options["device_map"] = {"": device or "cpu"}
         if quantization is not None:
-            options |= {"quantization_config": quantization, "device_map": {"": device or "cpu"}}
+            options["quantization_config"] = quantization
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 self.location, output_loading_info=True, **options, **self._options()
@@ -107,7 +110,7 @@ class BaseModel:
             if hasattr(layer, "support_avx512bf16_for_cpu"):
                 layer.support_avx512bf16_for_cpu = False
         assert isinstance(model, PreTrainedModel)
-        return model if quantization is not None or device is None else model.to(device)  # type: ignore[arg-type]
+        return model if "device_map" in options or device is None else model.to(device)  # type: ignore[arg-type]
 
     def check_kind(self) -> None:
         """Raise ConfigError if the configuration is not that of a causal language model.

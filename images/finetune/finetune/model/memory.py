@@ -54,7 +54,8 @@ def estimate_memory(
     """Estimate from the shapes alone; `model` may be on the meta device.
 
     Activations per token and layer: 34 widths without checkpointing (arXiv:2205.05198, sec. 4, without the attention
-    scores, which no kernel here keeps), 2 with it. Logits are float32 at the trained positions, twice.
+    scores, which no kernel here keeps), 2 with it. Logits are float32 at the trained positions, three times: the losses
+    keep them, and their gradient has two copies. Autocast keeps a copy of float32 weights in half precision.
     """
     text = model_config.get_text_config()
     linear_layers = [
@@ -66,7 +67,7 @@ def estimate_memory(
         parameters -= text.vocab_size * text.hidden_size
     size = torch.empty((), dtype=dtype).element_size()
     if config.method == "full":
-        weights, trained = 4.0 * parameters, parameters
+        weights, trained = (4.0 + (size if size < 4 else 0)) * parameters, parameters
     else:
         weights = size * (parameters - linear) + (0.53 if config.method == "qlora" else size) * linear
         trained = config.lora_rank * sum(sum(layer.weight.shape) for layer in linear_layers)
@@ -80,7 +81,7 @@ def estimate_memory(
         parameters=parameters,
         weights=weights,
         training_state=(4.0 + moments) * trained,
-        activations=float(tokens * per_token + 2 * 4 * trained_tokens * text.vocab_size),
+        activations=float(tokens * per_token + 3 * 4 * trained_tokens * text.vocab_size),
     )
 
 

@@ -183,7 +183,7 @@ def packed_attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    if query.device.type == "cpu":
+    if query.device.type == "cpu" or softcap is not None:  # with a cap the scores are in memory
         lengths = [block.length for block in segments.blocks]
         # Not slices: the gradient of each slice is a tensor of the whole row.
         queries, keys, values = (torch.split(one, lengths, dim=2) for one in (query, key, value))
@@ -234,6 +234,9 @@ def _by_varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     index, queries, keys, longest_query, longest_key = segments.varlen(query.device)
+    if torch.is_autocast_enabled(query.device.type):  # which does not know this function
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     key_TGD, value_TGD = (both[0].transpose(0, 1).index_select(0, index) for both in (key, value))
     # A window of W keys includes the query's own; varlen_attn counts those to its left.
     left = -1 if window is None else window - 1
