@@ -226,10 +226,14 @@ def test_bfloat16_products_are_used_where_the_cpu_has_them_unless_a_precision_is
         self.precision = precision
 
     monkeypatch.setattr(OpenVinoEngine, "__init__", init)
-    for has, options, expected in (
-        (True, {}, "bfloat16"), (True, {"dtype": "float32"}, "float32"), (False, {}, "float32"),
-    ):  # fmt: skip
+    for has, is_faster, options, expected in (
+        (True, True, {}, "bfloat16"),
+        (True, False, {}, "float32"),
+        (True, True, {"dtype": "float32"}, "float32"),
+        (False, True, {}, "float32"),
+    ):
         monkeypatch.setattr(engines, "has_bfloat16", lambda has=has: has)
+        monkeypatch.setattr(engines, "is_bfloat16_faster", lambda is_faster=is_faster: is_faster)
         found = encoder(tiny_model, engine="auto", **options)
         assert made.pop() == expected
         assert not made
@@ -242,6 +246,34 @@ def bfloat16(monkeypatch):
     if not openvino.has_bfloat16():
         pytest.skip("this CPU does not multiply bfloat16 in hardware")
     monkeypatch.setattr(engines, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(engines, "is_bfloat16_faster", lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "is_faster"),
+    [
+        ("GenuineIntel", "avx512f avx512_bf16", False),
+        ("GenuineIntel", "avx512_bf16 amx_bf16 amx_tile", True),
+        ("AuthenticAMD", "avx512f avx512_bf16", True),
+        (None, "bf16", True),  # another architecture
+    ],
+)
+def test_intel_multiplies_bfloat16_faster_than_float32_with_amx_only(tmp_path, vendor, flags, is_faster):
+    lines = ["processor\t: 0", *([] if vendor is None else [f"vendor_id\t: {vendor}"]), f"flags\t\t: fpu {flags}"]
+    (tmp_path / "cpuinfo").write_text("\n".join(lines) + "\n\n")
+    assert openvino.is_bfloat16_faster(tmp_path / "cpuinfo") is is_faster
+    assert openvino.is_bfloat16_faster(tmp_path / "none") is True
+
+
+def test_work_in_bfloat16_is_finished_in_it_where_float32_would_be_faster(
+    bfloat16, root, inputs, minilm, texts, monkeypatch
+):
+    pq.write_table(pa.table({"texto": texts}), inputs / "a.parquet", row_group_size=10)
+    monkeypatch.setattr("embed.state.JobState.computed_by", lambda _: {"engine": "openvino 1", "dtype": "bfloat16"})
+    monkeypatch.setattr(engines, "is_bfloat16_faster", lambda: False)
+    run(minilm)
+    metadata = pq.read_metadata(root / "output/data/a.parquet").metadata
+    assert json.loads(metadata[b"estiba.computed_by"])[0]["engines"][0]["dtype"] == "bfloat16"
 
 
 def test_vectors_of_bfloat16_products_point_where_those_of_float32_do(bfloat16, minilm, texts):
