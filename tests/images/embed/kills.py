@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,14 +37,22 @@ def after_batches(monkeypatch: pytest.MonkeyPatch, count: int, action: Callable[
     return sizes
 
 
-def kill_at(monkeypatch: pytest.MonkeyPatch, batch: int, slow_s: float = 0.0) -> list[int]:
-    """End the job before batch `batch`; from then on nothing becomes durable. Returns the rows of each batch."""
+def kill_at(
+    monkeypatch: pytest.MonkeyPatch, batch: int, slow_s: float = 0.0, *, after_a_save: bool = False
+) -> list[int]:
+    """End the job before batch `batch`; from then on nothing becomes durable. Returns the rows of each batch.
+
+    With `after_a_save` the kill waits for the first chunk, which a busy machine may not have saved by then.
+    """
     sizes: list[int] = []
     launch, commit, drop = Encoder._launch, ChunkStore.commit, ChunkStore.drop
     dead: list[bool] = []
+    is_saved = threading.Event()
 
     def launched(self, engine, window, rows):
         if len(sizes) == batch:
+            if after_a_save:
+                assert is_saved.wait(60)
             dead.append(True)
             raise Killed
         sizes.append(len(rows))
@@ -53,7 +62,9 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, batch: int, slow_s: float = 0.0) ->
         time.sleep(slow_s)
         if dead:
             raise StoreError("killed")
-        return commit(self, key, data)
+        result = commit(self, key, data)
+        is_saved.set()
+        return result
 
     def dropped(self, keys):
         if not dead:

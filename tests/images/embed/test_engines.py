@@ -168,7 +168,7 @@ def test_a_resume_after_a_window_that_was_left_to_torch_keeps_the_engine_of_the_
     options = {"max_length": 2048, "batch_size": 16}
     run(long, **options, output_path=str(root / "whole"), checkpoint_path=str(root / "other"))
     with monkeypatch.context() as patched:
-        kill_at(patched, 5)  # when rows of the first window are saved
+        kill_at(patched, 5, after_a_save=True)  # when rows of the first window are saved
         with pytest.raises(Killed):
             run(long, **options)
     assert run(long, **options)["rows"]["resumed"] > 0

@@ -106,7 +106,7 @@ def test_a_killed_job_ends_with_the_vectors_of_one_that_was_not_and_says_how_the
     options = {**INT8, "batch_size": 8}
     run(tiny, **options, output_path=str(root / "whole"), checkpoint_path=str(root / "other"))
     with monkeypatch.context() as patched:
-        kill_at(patched, 4)
+        kill_at(patched, 4, after_a_save=True)
         with pytest.raises(Killed):
             run(tiny, **options)
     assert run(tiny, **options)["rows"]["resumed"] > 0
