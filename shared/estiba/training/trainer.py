@@ -384,9 +384,8 @@ class Trainer:
                             pair[0], pair[1] = pair[0] + value, pair[1] + count
                 # A rank may have had no batch, or records of other columns than another one.
                 names = sorted({name for part in self.dist.all_gather(sorted(sums)) for name in part})
-                flat = self.dist.all_reduce_sum(
-                    *(float(value) for name in names for value in sums.get(name, (0.0, 0.0)))
-                )
+                values = (float(value) for name in names for value in sums.get(name, (0.0, 0.0)))
+                flat = self.dist.all_reduce_sum(*values)
                 pairs = zip(names, flat[::2], flat[1::2], strict=True)
                 self.metrics = {name: value / count if count else float("nan") for name, value, count in pairs}
                 if self.dist.is_main:

@@ -26,7 +26,6 @@ from embed.model.engines import Engines, vectors_of
 from embed.model.fallbacks import EngineLoader
 from embed.model.forward import Engine, InFlight, cpu_name, is_out_of_memory, products_of
 from embed.model.known import divide
-from embed.model.memory import measured
 from embed.model.passages import cutter_for
 from embed.model.resolve import NO_LIMIT
 from embed.model.samples import SENTENCES
@@ -121,8 +120,7 @@ class Encoder:
         )
         if isinstance(tokens, FastTokens):
             for engine in {self._engines.best, self._engines.reference}:
-                engine.memory = measured(
-                    engine,
+                engine.measure_memory(
                     lambda rows, width: samples.rows_of_width(tokens, width, rows),
                     self.max_length,
                     workers=config.workers,

@@ -6,21 +6,21 @@ Shapes: B rows, T tokens per row, D embedding width.
 from __future__ import annotations
 
 import contextlib
+import math
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
 from embed.model.heads import BatchTokens, Heads
+from embed.model.memory import USED_SHARE, MemoryModel, fitted
 from embed.model.tokens import TASK, Features
 from estiba.errors import ConfigError
-
-if TYPE_CHECKING:
-    from embed.model.memory import MemoryModel
 
 TRIM_BELOW = 0.1
 UNIT_NORM_TOLERANCE = 1e-4
@@ -108,6 +108,33 @@ class Engine:
         """How many rows of `width` tokens a batch may have."""
         rows = self.token_budget // max(1, width)
         return max(1, rows if self.memory is None else min(rows, self.memory.rows_of(width)))
+
+    def measure_memory(self, batch_of: Callable[[int, int], Features], longest: int, *, workers: int) -> None:
+        """On a GPU, learn what a batch takes; nothing where not even the measured batches fit, which are then halved.
+
+        `batch_of` makes a batch of so many rows of so many tokens; all `workers` share the GPUs evenly. The same kind
+        of GPU gives the same model: what counts is all of its memory, and not what others leave of it.
+        """
+        if self.device.type != "cuda":
+            return
+
+        def peak_bytes(rows: int, width: int) -> int:
+            torch.cuda.synchronize(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.launch(batch_of(rows, width), np.arange(rows)).wait()
+            return torch.cuda.max_memory_allocated(self.device) - before
+
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        sharing = max(1, math.ceil(workers / torch.cuda.device_count()))
+        room = USED_SHARE * (total / sharing - torch.cuda.memory_allocated(self.device))
+        try:
+            self.memory = fitted(peak_bytes, room, longest)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        finally:
+            self.free()
 
     def launch(self, features: Features, rows: np.ndarray) -> InFlight:
         """Start one batch. On CUDA this returns before the vectors are computed. Raises torch.OutOfMemoryError."""

@@ -6,14 +6,8 @@ attention or a mask are in memory: a*B*T + b*B*T*T for B rows of T tokens. Flash
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
-
-from embed.model.forward import Engine, is_out_of_memory
-from embed.model.tokens import Features
 
 SHORT, LONG = (256, 32), (16, 512)
 """Rows and tokens of the two batches: as many tokens in both."""
@@ -47,36 +41,3 @@ def fitted(peak_bytes: Callable[[int, int], int], room_bytes: float, longest: in
     )
     per_token = max(0.0, short / tokens - per_pair * width)
     return MemoryModel(bytes_per_token=per_token, bytes_per_pair=per_pair, room_bytes=room_bytes)
-
-
-def measured(
-    engine: Engine, batch_of: Callable[[int, int], Features], longest: int, *, workers: int
-) -> MemoryModel | None:
-    """That of an engine on a GPU; None elsewhere, and where not even these batches fit, which are then halved.
-
-    `batch_of` makes a batch of so many rows of so many tokens; all `workers` share the GPUs evenly. The same kind of
-    GPU gives the same model: what counts is all of its memory, and not what others leave of it.
-    """
-    if engine.device.type != "cuda":
-        return None
-    device = engine.device
-
-    def peak_bytes(rows: int, width: int) -> int:
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        features = batch_of(rows, width)
-        engine.launch(features, torch.arange(rows).numpy()).wait()
-        return torch.cuda.max_memory_allocated(device) - before
-
-    total = torch.cuda.get_device_properties(device).total_memory
-    sharing = max(1, math.ceil(workers / torch.cuda.device_count()))
-    room = USED_SHARE * (total / sharing - torch.cuda.memory_allocated(device))
-    try:
-        return fitted(peak_bytes, room, longest)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        return None
-    finally:
-        engine.free()
