@@ -181,7 +181,7 @@ def test_nothing_but_chunks_is_left_at_the_end(root, inputs, tiny_model, monkeyp
     small_files(inputs)
     for batch in (5, 9):
         with monkeypatch.context() as patched:
-            kill_at(patched, batch, after_a_save=True)
+            kill_at(patched, batch)
             with pytest.raises(Killed):
                 run(tiny_model, batch_size=12)
     assert list((root / "checkpoints").rglob("*-partial.*.piece"))
@@ -193,7 +193,7 @@ def test_a_partial_chunk_with_rows_of_another_hosts_file_is_left_to_that_host(ro
     """Hosts that share a checkpoint prefix on S3, after an attempt on another number of hosts."""
     three_files(inputs)
     with monkeypatch.context() as patched:
-        kill_at(patched, 6, after_a_save=True)
+        kill_at(patched, 6)
         with pytest.raises(Killed):
             run(tiny_model, batch_size=12)
     (folder,) = (root / "checkpoints").glob("embed-*")
