@@ -29,7 +29,7 @@ from embed.artifacts.stale import OldOutput
 from embed.checks import check_buckets, check_environment, check_locations, check_writable
 from embed.config import EmbedConfig
 from embed.data.chunks import ModelInfo
-from embed.data.files import inspect, open_input, require_input, separate_bad, share_of, why_not_text
+from embed.data.files import PARALLEL_READS, inspect, open_input, require_input, separate_bad, share_of, why_not_text
 from embed.data.int96 import with_exact_timestamps
 from embed.data.precision import decoding
 from embed.data.rows import CALIBRATION_TEXTS, COMPARED_TEXTS, first_texts
@@ -52,7 +52,6 @@ logger = get_logger(__name__)
 
 PASSES = 3
 """A chunk that fails verification is computed again. After three passes the disk is at fault and the job fails."""
-PARALLEL_READS = 16
 CHECKPOINT_FLAG = "--checkpoint-path, or --no-checkpoint to do without"
 
 

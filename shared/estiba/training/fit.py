@@ -201,8 +201,9 @@ def select_device(name: str | None) -> torch.device:
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         if ranks > 1 and device.index is not None:
             raise ConfigError(f"--device {name} is one GPU, and {ranks} processes need one each; give cuda")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index)
-        if device.index is not None and device.index >= count:
+        index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+        device = torch.device("cuda", index)
+        if index >= count:
             raise ConfigError(
                 f"{device} is not here, which has {count} GPUs; lower --processes, or name another device"
             )

@@ -17,7 +17,7 @@ import transformers
 from torch.nn.functional import scaled_dot_product_attention
 
 from embed.config import EmbedConfig
-from embed.model import Encoder, engines
+from embed.model import Encoder, engines, varlen
 from embed.model.varlen import attention_here
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
@@ -32,7 +32,7 @@ SMALL = {
 GROUPED = SMALL | {"num_key_value_heads": 2}
 
 
-def by_rows(query, key, value, starts, longest, *, scale, is_causal):
+def by_rows(query, key, value, starts, longest, scale, is_causal):
     found = []
     for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
         assert end - start <= longest
@@ -41,9 +41,9 @@ def by_rows(query, key, value, starts, longest, *, scale, is_causal):
     return torch.cat(found)
 
 
-def across_rows(query, key, value, starts, longest, *, scale, is_causal):
+def across_rows(query, key, value, starts, longest, scale, is_causal):
     whole = torch.tensor([0, len(query)], dtype=torch.int32)
-    return by_rows(query, key, value, whole, len(query), scale=scale, is_causal=is_causal)
+    return by_rows(query, key, value, whole, len(query), scale, is_causal)
 
 
 def model_of(minilm: Path, folder: Path, kind: str) -> Path:
@@ -82,22 +82,22 @@ def encoder(model: Path, monkeypatch: pytest.MonkeyPatch, attention=None, **opti
 def test_vectors_are_those_of_padded_rows(request, texts, minilm, tmp_path, monkeypatch, kind, options):
     fixtures = ("minilm", "tiny_model")
     model = request.getfixturevalue(kind) if kind in fixtures else model_of(minilm, tmp_path / kind, kind)
-    varlen = encoder(model, monkeypatch, by_rows, **options)
+    unpadded = encoder(model, monkeypatch, by_rows, **options)
     padded = encoder(model, monkeypatch, **options)
-    assert varlen.computed_by["engine"] == f"torch-varlen {torch.__version__} (row by row)"
+    assert unpadded.computed_by["engine"] == f"torch-varlen {torch.__version__} (row by row)"
     assert padded.computed_by["engine"].startswith("torch 2")
-    found, expected = (each.encode(each.tokenize(texts)) for each in (varlen, padded))
+    found, expected = (each.encode(each.tokenize(texts)) for each in (unpadded, padded))
     assert (found.status == expected.status).all()
     assert np.allclose(found.vectors, expected.vectors, atol=2e-6, rtol=1e-4)
-    assert varlen.identity == padded.identity  # so that either finishes the work of the other
+    assert unpadded.identity == padded.identity  # so that either finishes the work of the other
 
 
 def test_the_outputs_of_every_token_are_those_of_padded_rows(texts, tmp_path, monkeypatch):
     model = bge_m3.build(tmp_path / "bge")
     options = {"sparse": True, "multi_vector": True}
-    varlen, padded = encoder(model, monkeypatch, by_rows, **options), encoder(model, monkeypatch, **options)
-    assert varlen.computed_by["engine"].startswith("torch-varlen ")
-    found, expected = (each.encode(each.tokenize(texts)).tokens for each in (varlen, padded))
+    unpadded, padded = encoder(model, monkeypatch, by_rows, **options), encoder(model, monkeypatch, **options)
+    assert unpadded.computed_by["engine"].startswith("torch-varlen ")
+    found, expected = (each.encode(each.tokenize(texts)).tokens for each in (unpadded, padded))
     assert np.allclose(found.weights, expected.weights, atol=2e-6, rtol=1e-4)
     assert np.allclose(found.vectors, expected.vectors, atol=2e-6, rtol=1e-4)
 
@@ -106,15 +106,15 @@ def test_the_padding_token_inside_a_text_has_the_position_that_the_model_gives_i
     """RoBERTa does not count it."""
     model = bge_m3.build(tmp_path / "bge")
     texts = ["hola <pad> mundo <pad> a b c", "<pad>", "<pad> <pad> a", "a b c d e f g h"]
-    varlen, padded = encoder(model, monkeypatch, by_rows), encoder(model, monkeypatch)
-    found, expected = (each.encode(each.tokenize(texts)) for each in (varlen, padded))
-    assert 1 in varlen.tokenize(texts).ids  # the id of <pad>
+    unpadded, padded = encoder(model, monkeypatch, by_rows), encoder(model, monkeypatch)
+    found, expected = (each.encode(each.tokenize(texts)) for each in (unpadded, padded))
+    assert 1 in unpadded.tokenize(texts).ids  # the id of <pad>
     assert np.allclose(found.vectors, expected.vectors, atol=2e-6, rtol=1e-4)
 
 
 def test_padding_that_is_not_computed_is_not_counted(texts, tiny_model, monkeypatch):
-    varlen, padded = encoder(tiny_model, monkeypatch, by_rows), encoder(tiny_model, monkeypatch)
-    found, expected = (each.encode(each.tokenize(texts)) for each in (varlen, padded))
+    unpadded, padded = encoder(tiny_model, monkeypatch, by_rows), encoder(tiny_model, monkeypatch)
+    found, expected = (each.encode(each.tokenize(texts)) for each in (unpadded, padded))
     assert found.padded_tokens == found.n_tokens[found.origin == 0].sum() < expected.padded_tokens
 
 
@@ -147,6 +147,23 @@ def test_what_cannot_be_computed_without_padding_is_padded_and_that_is_told(
     assert found.computed_by == padded.computed_by
     assert "rows are padded on cpu: " in caplog.text and reason in caplog.text
     assert (found.encode(found.tokenize(texts)).vectors == padded.encode(padded.tokenize(texts)).vectors).all()
+
+
+def of_torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    return {"is_causal": is_causal}
+
+
+def of_torch_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    return {"scale": scale, "window_size": window_size}
+
+
+def test_each_release_of_torch_gets_the_arguments_that_it_has():
+    query = torch.zeros(3, 2, 4)
+    old, new = (varlen._by_torch(kernel) for kernel in (of_torch_2_10, of_torch_2_13))
+    starts = torch.tensor([0, 3], dtype=torch.int32)
+    assert old(query, query, query, starts, 3, 0.5, True) == {"is_causal": True}  # 0.5 is 1 / sqrt(4), as usual
+    assert old(query, query, query, starts, 3, None, False) == {"is_causal": False}
+    assert new(query, query, query, starts, 3, 0.25, True) == {"scale": 0.25, "window_size": (-1, 0)}
 
 
 def test_rows_are_padded_on_a_cpu_and_in_float32():

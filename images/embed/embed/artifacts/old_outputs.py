@@ -17,7 +17,7 @@ from embed.artifacts.outputs import RESULTS_NAME
 from embed.artifacts.written import ENGINES_KEY, METADATA_KEY
 from embed.config import EmbedConfig
 from embed.data.chunks import REUSED
-from embed.data.files import MAGIC, READ_AS, one_line, table_of, why_not_text
+from embed.data.files import MAGIC, PARALLEL_READS, READ_AS, one_line, table_of, why_not_text
 from embed.data.known_vectors import size_bytes
 from embed.data.table import InputFile, Table
 from estiba.errors import ConfigError, StoreError
@@ -26,7 +26,6 @@ from estiba.storage import Entry, Store, open_store
 
 logger = get_logger(__name__)
 
-PARALLEL_READS = 16
 SHOWN = 5
 NO_SETTING = frozenset(
     "estiba output_id source model commit text_column embedding_column embedding_dtype "

@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 
 from embed.artifacts.outputs import RESULTS_NAME
-from embed.data.files import open_input
+from embed.data.files import PARALLEL_READS, open_input
 from embed.data.table import InputFile
 from estiba.errors import ConfigError, StoreError
 from estiba.log import get_logger
@@ -25,7 +25,6 @@ from estiba.storage import Store
 
 logger = get_logger(__name__)
 
-PARALLEL_READS = 16
 SHOWN = 5
 
 

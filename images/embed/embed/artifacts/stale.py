@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from embed.artifacts.outputs import RESULTS_NAME
 from embed.artifacts.written import METADATA_KEY
 from embed.data.chunks import ModelInfo
+from embed.data.files import PARALLEL_READS
 from estiba.errors import ConfigError, StoreError
 from estiba.log import get_logger
 from estiba.platform.contract import Job
@@ -23,7 +24,6 @@ from estiba.storage import Store
 
 logger = get_logger(__name__)
 
-PARALLEL_READS = 16
 SHOWN = 5
 
 

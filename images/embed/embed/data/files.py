@@ -17,6 +17,8 @@ from embed.data.table import BadFile, InputFile, Stamp, Table
 from estiba.errors import ConfigError, DataError, EstibaError, ObjectChangedError, StoreError
 from estiba.storage import Entry, Store, open_store, split_location
 
+PARALLEL_READS = 16
+"""Files that are looked at together: each costs a round trip to S3."""
 MAGIC, ENCRYPTED_MAGIC = b"PAR1", b"PARE"
 SIGNATURE_BYTES = 28
 """Nonce and tag behind a footer that is signed (Parquet Modular Encryption, 5.5)."""

@@ -69,14 +69,14 @@ class Engines:
             self._refuse_if_asked_for(config.dtype, self._why_not)
         if self._why_not and config.engine == "auto" and reference.device.type == "cpu":
             logger.info("torch computes this model, and not OpenVINO: %s", self._why_not)
-        self._precisions, self._continued = ["float32"], ["float32"]
+        self._precisions, self._runnable = ["float32"], ["float32"]
         if config.dtype in ("auto", "int8") and not self._why_not and has_bfloat16():
-            self._continued.append("bfloat16")
+            self._runnable.append("bfloat16")
             if is_bfloat16_faster():
                 self._precisions.insert(0, "bfloat16")
         if config.dtype == "int8":
             self._precisions.insert(0, "int8")
-            self._continued.append("int8")
+            self._runnable.append("int8")
         self._use(self._without_padding(samples) or self._agreeing(self._precisions, samples))
 
     def _use(self, engine: Engine) -> None:
@@ -113,7 +113,7 @@ class Engines:
             return
         if (kind, precision) == (self.reference.kind, self.reference.precision):
             self._use(self.reference)
-        elif kind == OpenVinoEngine.kind and precision in self._continued:
+        elif kind == OpenVinoEngine.kind and precision in self._runnable:
             self._use(self._agreeing([precision, *self._precisions], self._samples))
         else:
             return

@@ -22,6 +22,7 @@ from embed.model.memory import USED_SHARE, MemoryModel, fitted
 from embed.model.tokens import TASK, Features
 from estiba.errors import ConfigError
 
+CPUINFO = Path("/proc/cpuinfo")
 TRIM_BELOW = 0.1
 UNIT_NORM_TOLERANCE = 1e-4
 """One tolerance for every dtype, since vectors are scaled to unit length in float32."""
@@ -98,6 +99,16 @@ class Engine:
         self.version = f"torch {torch.__version__}"
         self.threads = torch.get_num_threads() if device.type == "cpu" else 0
         """That compute one batch, on a CPU: they decide the order of a sum."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The other arguments of an engine that computes the same vectors in another way."""
+        return {
+            "token_budget": self.token_budget,
+            "normalize": self.normalize,
+            "dimensions": self.dimensions,
+            "heads": self.heads,
+        }
 
     @property
     def is_exact(self) -> bool:
@@ -239,8 +250,13 @@ def products_of(modules: torch.nn.Module) -> tuple[tuple[int, int], ...]:
 
 def cpu_name() -> str:
     """The kind of CPU, whose instructions decide the order of a sum."""
+    return cpu_field("model name") or platform.machine()
+
+
+def cpu_field(name: str, cpuinfo: Path = CPUINFO) -> str:
+    """What the kernel says of the first core, such as its `flags`; empty if it does not."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
+        for line in cpuinfo.read_text().splitlines():
+            if line.partition(":")[0].strip() == name:
                 return line.partition(":")[2].strip()
-    return platform.machine()
+    return ""

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import xxhash
 
-from embed.model.forward import Engine, InFlight, padded_tokens
+from embed.model.forward import CPUINFO, Engine, InFlight, cpu_field, padded_tokens
 from embed.model.int8 import KEPT, SMOOTHING, QuantizationFailed, quantized
 from embed.model.tokens import TASK, Features
 from estiba.memory import available_memory_bytes
@@ -85,18 +85,14 @@ def has_bfloat16() -> bool:
     return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def is_bfloat16_faster(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+def is_bfloat16_faster(cpuinfo: Path = CPUINFO) -> bool:
     """Whether a CPU that multiplies bfloat16 does so faster than float32. A timing could end otherwise in each attempt.
 
     AMX does, and AMD's AVX512-BF16. Intel's without AMX (seen in virtual machines that hide it) has half the rate of
     float32: 169 against 325 GFLOP/s on the matrices of MiniLM-L6.
     """
-    try:
-        lines = (line.partition(":") for line in cpuinfo.read_text().splitlines())
-        fields = {name.strip(): value.strip() for name, _, value in lines}
-    except OSError:
-        return True
-    return fields.get("vendor_id") != "GenuineIntel" or "amx_bf16" in fields.get("flags", "").split()
+    is_intel = cpu_field("vendor_id", cpuinfo) == "GenuineIntel"
+    return not is_intel or "amx_bf16" in cpu_field("flags", cpuinfo).split()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,14 +126,7 @@ class OpenVinoEngine(Engine):
 
         Products in int8 get their ranges from the batches in `calibration`. Raises NotConvertible.
         """
-        super().__init__(
-            torch_engine.model,
-            torch_engine.device,
-            torch_engine.dtype,
-            token_budget=torch_engine.token_budget,
-            normalize=torch_engine.normalize,
-            dimensions=torch_engine.dimensions,
-        )
+        super().__init__(torch_engine.model, torch_engine.device, torch_engine.dtype, **torch_engine.settings)
         self.reference = torch_engine
         self.precision = precision
         self.version = f"openvino {version('openvino')}"

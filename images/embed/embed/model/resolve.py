@@ -79,12 +79,25 @@ def position_limit(model: SentenceTransformer) -> int | None:
     backbone = model.transformers_model
     if backbone is None:
         return None
-    for module in backbone.modules():
-        if isinstance(table := getattr(module, "position_embeddings", None), torch.nn.Embedding):
-            first = getattr(module, "padding_idx", None)
-            return table.num_embeddings - (first + 1 if isinstance(first, int) else 0)
+    if (module := position_module(backbone)) is not None:
+        padding = counted_from(module)
+        return int(module.position_embeddings.num_embeddings) - (0 if padding is None else padding + 1)
     limit = getattr(backbone.config, "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def position_module(backbone: torch.nn.Module) -> Any | None:
+    """The module with a learned table of positions, `position_embeddings`; None without one."""
+    for module in backbone.modules():
+        if isinstance(getattr(module, "position_embeddings", None), torch.nn.Embedding):
+            return module
+    return None
+
+
+def counted_from(module: Any | None) -> int | None:
+    """The padding's id, behind whose position those of RoBERTa and its relatives begin; None where they begin at 0."""
+    padding = getattr(module, "padding_idx", None)
+    return padding if isinstance(padding, int) else None
 
 
 def known_ids(model: SentenceTransformer) -> int | None:

@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -23,6 +23,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from embed.model.forward import Engine
+from embed.model.resolve import counted_from, position_module
 from embed.model.tokens import Features
 
 NAME = "estiba_varlen"
@@ -37,20 +38,9 @@ class NotVarlen(Exception):
     """Why a model cannot be computed without padding."""
 
 
-class Attention(Protocol):
-    """query, key and value [N, H, D] of rows that begin at `starts` (int32[B + 1]) -> [N, H, D]."""
-
-    def __call__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        starts: torch.Tensor,
-        longest: int,
-        *,
-        scale: float | None,
-        is_causal: bool,
-    ) -> torch.Tensor: ...
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, float | None, bool], torch.Tensor]
+"""(query, key, value, starts, longest, scale, is_causal) -> [N, H, D]: query, key and value are [N, H, D], of rows that
+begin at `starts` (int32[B + 1]) and of which the longest has so many tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,20 +62,12 @@ class VarlenEngine(Engine):
 
     def __init__(self, torch_engine: Engine, attention: Attention, name: str) -> None:
         """`name` says whose kernels `attention` uses. Raises NotVarlen."""
-        super().__init__(
-            torch_engine.model,
-            torch_engine.device,
-            torch_engine.dtype,
-            token_budget=torch_engine.token_budget,
-            normalize=torch_engine.normalize,
-            dimensions=torch_engine.dimensions,
-            heads=torch_engine.heads,
-        )
+        super().__init__(torch_engine.model, torch_engine.device, torch_engine.dtype, **torch_engine.settings)
         self.attention = attention
         self.multiple = 1
         self.version = f"{self.kind} {torch.__version__} ({name})"
         self._reader = _reader_of(self.model)
-        self._padding_id = _padding_id(self._reader)
+        self._padding_id = counted_from(position_module(self._reader.model))
         self._no_mask = NO_MASK.to(self.device, self.dtype)  # here, since the copy waits for the device
 
     def to_device(self, features: Features) -> Features:
@@ -135,44 +117,24 @@ def attention_here(device: torch.device, dtype: torch.dtype) -> tuple[Attention,
     return None
 
 
-def _by_torch(varlen_attn: Callable[..., torch.Tensor]) -> Attention:
-    def attention(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        starts: torch.Tensor,
-        longest: int,
-        *,
-        scale: float | None,
-        is_causal: bool,
-    ) -> torch.Tensor:
-        causal: dict[str, Any] = {}
-        if is_causal:  # torch 2.10 has the one argument, later ones have the other
-            has_window = "window_size" in inspect.signature(varlen_attn).parameters
-            causal = {"window_size": (-1, 0)} if has_window else {"is_causal": True}
-        usual = scale is None or abs(scale * query.shape[-1] ** 0.5 - 1) < 1e-6
-        scaled = {} if usual else {"scale": scale}
-        return varlen_attn(query, key, value, starts, starts, longest, longest, **scaled, **causal)
+def _by_torch(kernel: Callable[..., torch.Tensor]) -> Attention:
+    # torch 2.10 has the one argument, later ones have the other.
+    has_window = "window_size" in inspect.signature(kernel).parameters
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if has_window else {"is_causal": True}
 
-    return attention
+    def unusual(width: int, scale: float | None, is_causal: bool) -> dict[str, Any]:
+        is_usual = scale is None or abs(scale * width**0.5 - 1) < 1e-6
+        return ({} if is_usual else {"scale": scale}) | (causal if is_causal else {})
+
+    return lambda query, key, value, starts, longest, scale, is_causal: kernel(
+        query, key, value, starts, starts, longest, longest, **unusual(query.shape[-1], scale, is_causal)
+    )
 
 
-def _by_flash_attn(flash_attn_varlen_func: Callable[..., torch.Tensor]) -> Attention:
-    def attention(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        starts: torch.Tensor,
-        longest: int,
-        *,
-        scale: float | None,
-        is_causal: bool,
-    ) -> torch.Tensor:
-        return flash_attn_varlen_func(
-            query, key, value, starts, starts, longest, longest, softmax_scale=scale, causal=is_causal
-        )
-
-    return attention
+def _by_flash_attn(kernel: Callable[..., torch.Tensor]) -> Attention:
+    return lambda query, key, value, starts, longest, scale, is_causal: kernel(
+        query, key, value, starts, starts, longest, longest, softmax_scale=scale, causal=is_causal
+    )
 
 
 def _attend(
@@ -199,9 +161,7 @@ def _attend(
     is_causal = kwargs.get("is_causal")
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     query_NHD, key_NHD, value_NHD = (each[0].transpose(0, 1).contiguous() for each in (query, key, value))
-    output_NHD = rows.attention(
-        query_NHD, key_NHD, value_NHD, rows.starts, rows.longest, scale=scaling, is_causal=causal
-    )
+    output_NHD = rows.attention(query_NHD, key_NHD, value_NHD, rows.starts, rows.longest, scaling, causal)
     return output_NHD[None], None
 
 
@@ -234,15 +194,6 @@ def _reader_of(model: SentenceTransformer) -> Transformer:
     if params is not None and "position_ids" not in params:
         raise NotVarlen(f"{type(reader.model).__name__} takes no positions")
     return reader
-
-
-def _padding_id(reader: Transformer) -> int | None:
-    """The padding's id where positions are counted from it, as RoBERTa and its kin do."""
-    for module in reader.model.modules():
-        padding = getattr(module, "padding_idx", None)
-        if isinstance(padding, int) and isinstance(getattr(module, "position_embeddings", None), torch.nn.Embedding):
-            return padding
-    return None
 
 
 def _positions(
